@@ -1,0 +1,87 @@
+"""One file per algorithm, each with its `Config`, its losses and `make(config, spec) -> Agent`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from mbrl_jax.types import Agent, EnvSpec, InputError, check_config, unknown
+
+
+class AgentDef(NamedTuple):
+    """An algorithm by name: what `make_train` and the command line need to build it."""
+
+    name: str
+    summary: str
+    config: Any  # the default config
+    make: Callable[[Any, EnvSpec], Agent]  # called inside the traced function
+    presets: Mapping[str, Mapping[str, Any]]  # environment id -> fields that differ there
+
+    def config_for(self, env_id: str, **overrides: Any) -> Any:
+        """The default config with the preset of `env_id` and then `overrides`.
+
+        Raises InputError for an unknown field, a wrong type or a value outside its interval.
+        """
+        names = [field.name for field in dataclasses.fields(self.config)]
+        for name in overrides:
+            if name not in names:
+                raise unknown(f"field of {self.name}:", name, names)
+        fields = {**self.presets.get(env_id, {}), **overrides}
+        hints = {f.name: f.type for f in dataclasses.fields(self.config)}
+        for name, value in fields.items():
+            if hints[name] in (float, "float") and isinstance(value, int | bool):
+                fields[name] = value if isinstance(value, bool) else float(value)
+        config = dataclasses.replace(self.config, **fields)
+        check_config(config)
+        return config
+
+
+_MODULES = {
+    "q_learning": "dyna",
+    "dyna_q": "dyna",
+    "dyna_q_plus": "dyna",
+    "prioritised_sweeping": "dyna",
+}
+
+
+class _Agents(Mapping[str, AgentDef]):
+    """Agent names to definitions; an algorithm's module loads when it is asked for."""
+
+    def __getitem__(self, name: str) -> AgentDef:
+        if name not in _MODULES:
+            raise unknown("agent", name, _MODULES)
+        module = importlib.import_module(f"mbrl_jax.agents.{_MODULES[name]}")
+        return module.AGENTS[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in _MODULES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_MODULES)
+
+    def __len__(self) -> int:
+        return len(_MODULES)
+
+
+AGENTS = _Agents()
+
+
+def make_agent(name: str | AgentDef, spec: EnvSpec, config: Any = None) -> Agent:
+    """The agent `name` for an environment like `spec`; `config` defaults to the preset.
+
+    Raises:
+      InputError: an unknown name, a config of another agent, a field outside its interval, or a
+        spec that the agent cannot act in.
+    """
+    definition = name if isinstance(name, AgentDef) else AGENTS[name]
+    if config is None:
+        config = definition.config_for(spec.id)
+    if type(config) is not type(definition.config):
+        raise InputError(
+            f"config of {definition.name}: got {type(config).__name__}, "
+            f"expected {type(definition.config).__module__}.{type(definition.config).__name__}"
+        )
+    check_config(config)
+    return definition.make(config, spec)

@@ -1,0 +1,26 @@
+"""Environments: gymnax's, Sutton and Barto's mazes, and exact tables of the finite ones.
+
+gymnax starts the JAX backend when it is imported, so it loads at the first `make_env`.
+"""
+
+from mbrl_jax.envs.env import Env, TimeStep
+from mbrl_jax.envs.registry import list_envs, make_env
+from mbrl_jax.envs.tabular import (
+    Tabular,
+    hitting_time,
+    policy_evaluation,
+    tabular,
+    value_iteration,
+)
+
+__all__ = [
+    "Env",
+    "Tabular",
+    "TimeStep",
+    "hitting_time",
+    "list_envs",
+    "make_env",
+    "policy_evaluation",
+    "tabular",
+    "value_iteration",
+]

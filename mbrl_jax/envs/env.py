@@ -1,0 +1,166 @@
+"""One face for every environment: an `Env` is a pytree of a gymnax environment and its parameters.
+
+`Env.step` never resets. `reset_batch` and `step_batch` run N environments side by side and start
+the next episode themselves, so that the true successor of every step stays visible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_jax import prng
+from mbrl_jax.types import EnvSpec, PyTree, Step
+
+
+class TimeStep(NamedTuple):
+    """What one step of one environment gives; `obs` is the successor, before any reset."""
+
+    obs: jax.Array  # [*obs_shape]
+    reward: jax.Array  # [] float32
+    terminated: jax.Array  # [] bool
+    truncated: jax.Array  # [] bool, False where `terminated`
+
+
+@dataclasses.dataclass(frozen=True)
+class Env:
+    """A gymnax environment with its parameters, as a pytree whose leaves are the parameters.
+
+    The parameters are traced: they may be vmapped (gravity, the step at which a wall moves).
+    Continuous actions lie within `spec.action_low` and `spec.action_high`, are clipped to them,
+    and are rescaled from there to the native bounds.
+    """
+
+    base: Any  # gymnax Environment; hashed by identity, so `make_env` builds each one once
+    params: Any  # gymnax EnvParams
+    spec: EnvSpec
+    native_low: tuple[float, ...] | None = None
+    native_high: tuple[float, ...] | None = None
+    cached_resets: int = 0  # start states drawn once per run and reused; 0 draws each afresh
+
+    def reset(self, key: jax.Array) -> tuple[PyTree, jax.Array]:
+        """A first state and its observation `[*obs_shape]`."""
+        obs, state = self.base.reset_env(key, self.params)
+        return _strong(state), self._cast(obs)
+
+    def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> tuple[PyTree, TimeStep]:
+        """One step without reset; `action` is [] int32 or [action_dim] float32."""
+        obs, state, reward, terminated, _ = self.base.step_env(
+            key, state, self.native_action(action), self.params
+        )
+        terminated = jnp.asarray(terminated, bool)
+        truncated = jnp.asarray(self.base.is_truncated(state, self.params), bool) & ~terminated
+        reward = jnp.asarray(reward, jnp.float32).reshape(())
+        return _strong(state), TimeStep(self._cast(obs), reward, terminated, truncated)
+
+    def native_action(self, action: jax.Array) -> jax.Array:
+        """The action in the environment's own units."""
+        if self.spec.discrete:
+            return action
+        low, high = jnp.array(self.spec.action_low), jnp.array(self.spec.action_high)
+        native_low, native_high = jnp.array(self.native_low), jnp.array(self.native_high)
+        unit = (jnp.clip(action, low, high) - low) / (high - low)
+        return native_low + unit * (native_high - native_low)
+
+    def random_action(self, key: jax.Array) -> jax.Array:
+        """A uniformly random action within the bounds of `spec`."""
+        if self.spec.num_actions is not None:
+            return jax.random.randint(key, (), 0, self.spec.num_actions)
+        low, high = jnp.array(self.spec.action_low), jnp.array(self.spec.action_high)
+        return jax.random.uniform(key, low.shape, minval=low, maxval=high)
+
+    def carry_over(self, state: PyTree, reset_state: PyTree) -> PyTree:
+        """`reset_state` with whatever of `state` survives an episode's end (a run-long clock)."""
+        keep = getattr(self.base, "carry_over", None)
+        return reset_state if keep is None else _strong(keep(state, reset_state))
+
+    def _cast(self, obs: jax.Array) -> jax.Array:
+        return jnp.asarray(obs, self.spec.obs_dtype)
+
+
+jax.tree_util.register_dataclass(
+    Env,
+    data_fields=["params"],
+    meta_fields=["base", "spec", "native_low", "native_high", "cached_resets"],
+)
+
+
+class BatchState(NamedTuple):
+    """N environments side by side."""
+
+    env: PyTree  # [N, ...] gymnax states
+    obs: jax.Array  # [N, *obs_shape] what the next action answers
+    is_first: jax.Array  # [N] bool, `obs` opens an episode
+    ended: jax.Array | None  # [N] bool, `obs` is final; only with delayed resets
+    pool: PyTree  # ([K, ...] states, [K, *obs_shape]) cached resets, or None
+
+
+def reset_batch(env: Env, key: jax.Array, num_envs: int, delayed: bool = False) -> BatchState:
+    """The first observations of `num_envs` environments."""
+    pool = None
+    if env.cached_resets:
+        key, pool_key = jax.random.split(key)
+        pool = jax.vmap(env.reset)(jax.random.split(pool_key, env.cached_resets))
+    state, obs = _fresh(env, pool, jax.random.split(key, num_envs))
+    ended = jnp.zeros(num_envs, bool) if delayed else None
+    return BatchState(state, obs, jnp.ones(num_envs, bool), ended, pool)
+
+
+def step_batch(
+    env: Env, key: jax.Array, batch: BatchState, action: jax.Array
+) -> tuple[BatchState, Step]:
+    """One step of every environment, and the next episode's start where one has ended.
+
+    With delayed resets an observation that ends an episode is a record of its own: the action
+    taken there is recorded as zero, earns nothing, and leads to the next episode's first one.
+    """
+    num_envs = batch.is_first.shape[0]
+    keys = prng.split(key, 2 * num_envs)
+    state, after = jax.vmap(env.step)(keys[:num_envs], batch.env, action)
+    fresh_state, fresh_obs = _fresh(env, batch.pool, keys[num_envs:])
+    fresh_state = jax.vmap(env.carry_over)(state, fresh_state)
+    done = after.terminated | after.truncated
+    if batch.ended is None:
+        step = Step(batch.obs, action, after.reward, after.obs, *after[2:], batch.is_first)
+        next_obs = _select(done, fresh_obs, after.obs)
+        state = _select(done, fresh_state, state)
+        return BatchState(state, next_obs, done, None, batch.pool), step
+    ended = batch.ended
+    next_obs = _select(ended, fresh_obs, after.obs)
+    step = Step(
+        obs=batch.obs,
+        action=_select(ended, jnp.zeros_like(action), action),
+        reward=jnp.where(ended, 0.0, after.reward),
+        next_obs=next_obs,
+        terminated=after.terminated & ~ended,
+        truncated=after.truncated & ~ended,
+        is_first=batch.is_first,
+    )
+    state = _select(ended, jax.vmap(env.carry_over)(batch.env, fresh_state), state)
+    return BatchState(state, next_obs, ended, done & ~ended, batch.pool), step
+
+
+def _fresh(env: Env, pool: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
+    if pool is None:
+        return jax.vmap(env.reset)(keys)
+    index = jax.vmap(lambda key: jax.random.randint(key, (), 0, env.cached_resets))(keys)
+    return jax.tree.map(lambda leaf: leaf[index], pool)
+
+
+def _select(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(leaf, yes, no)
+
+
+def _strong(tree: PyTree) -> PyTree:
+    # gymnax states mix weak and strong types; a change between chunks would retrace
+    def leaf(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.astype(x.dtype)
+
+    return jax.tree.map(leaf, tree)

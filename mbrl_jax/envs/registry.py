@@ -1,0 +1,151 @@
+"""`make_env`: every gymnax environment by its id, ours among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mbrl_jax.envs.env import Env
+from mbrl_jax.types import EnvSpec, InputError, unknown
+
+# builds its data set from a download
+_NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
+
+
+def list_envs() -> list[str]:
+    """The ids that `make_env` knows."""
+    gymnax = _gymnax()
+    return sorted(env for env in gymnax.registered_envs if env not in _NEEDS_DOWNLOAD)
+
+
+def make_env(
+    id: str, *, rescale_actions: bool = True, cached_resets: int = 0, **kwargs: Any
+) -> Env:
+    """The environment `id`; the same arguments always give the same object, so nothing retraces.
+
+    Args:
+      id: a gymnax id, or one of ours (`list_envs()`).
+      rescale_actions: continuous actions lie in [-1, 1] and are rescaled to the native bounds;
+        False keeps the native bounds. Either way they are clipped to them.
+      cached_resets: draw this many start states once per run and reuse them (worth it where a
+        reset is dear; exact where resets are deterministic, otherwise a finite set of starts).
+        0 draws each start afresh.
+      **kwargs: constructor arguments (`is_slippery=False`) and parameters of the environment
+        (`max_steps_in_episode=200`), told apart by name.
+
+    Raises:
+      InputError: an unknown id or argument, or a value of the wrong type.
+    """
+    frozen = tuple(sorted((name, _freeze(value)) for name, value in kwargs.items()))
+    if isinstance(cached_resets, bool) or not isinstance(cached_resets, int) or cached_resets < 0:
+        raise InputError(f"cached_resets = {cached_resets!r}: expected a whole number, 0 or more")
+    return _build(id, bool(rescale_actions), cached_resets, frozen)
+
+
+@functools.cache
+def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, Any], ...]) -> Env:
+    if id in _NEEDS_DOWNLOAD:
+        raise InputError(f"environment {id!r} downloads its data and is not offered")
+    factory = _factory(id)
+    arguments = [p for p in inspect.signature(factory).parameters if p != "self"]
+    defaults = factory().default_params
+    fields = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    values = dict(kwargs)
+    for name in values:
+        if name not in arguments and name not in fields:
+            raise unknown(f"argument of {id}:", name, [*arguments, *fields])
+    try:
+        base = factory(**{name: values[name] for name in values if name in arguments})
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise InputError(f"{id}: {error}") from error
+    changed = {name: values[name] for name in values if name not in arguments}
+    for name, value in changed.items():
+        _check_param(id, name, value, fields[name])
+    params = dataclasses.replace(base.default_params, **changed)
+    return _wrap(id, base, params, rescale, cached_resets)
+
+
+def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) -> Env:
+    from gymnax.environments import spaces
+
+    from mbrl_jax.envs.functions import KNOWN
+
+    first, _ = jax.eval_shape(lambda: base.reset_env(jax.random.key(0), params))
+    obs_space, action_space = base.observation_space(params), base.action_space(params)
+    num_obs = obs_space.n if isinstance(obs_space, spaces.Discrete) and first.shape == () else None
+    uint8 = first.dtype == np.uint8
+    spec = EnvSpec(
+        id=id,
+        obs_shape=tuple(first.shape),
+        obs_dtype="int32" if num_obs is not None else "uint8" if uint8 else "float32",
+        episode_limit=int(params.max_steps_in_episode),
+        num_obs=None if num_obs is None else int(num_obs),
+    )
+    if isinstance(action_space, spaces.Discrete):
+        spec = dataclasses.replace(spec, num_actions=int(action_space.n))
+        return Env(base, params, _with_functions(spec, KNOWN.get(id)), None, None, cached_resets)
+    dim = math.prod(action_space.shape)
+    low, high = (
+        tuple(np.broadcast_to(np.asarray(bound, float), dim).tolist())
+        for bound in (action_space.low, action_space.high)
+    )
+    bounds = ((-1.0,) * dim, (1.0,) * dim) if rescale else (low, high)
+    spec = dataclasses.replace(spec, action_low=bounds[0], action_high=bounds[1])
+    env = Env(base, params, spec, low, high, cached_resets)
+    spec = _with_functions(spec, KNOWN.get(id), env.native_action)
+    return dataclasses.replace(env, spec=spec)
+
+
+def _with_functions(spec: EnvSpec, known: Any, native: Any = lambda action: action) -> EnvSpec:
+    if known is None:
+        return spec
+    reward, terminated = known
+    return dataclasses.replace(
+        spec,
+        reward_fn=lambda obs, action, next_obs: reward(obs, native(action), next_obs),
+        termination_fn=lambda obs, action, next_obs: terminated(obs, native(action), next_obs),
+    )
+
+
+def _check_param(id: str, name: str, value: Any, default: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(default, int) and not isinstance(default, bool)
+    if number and whole and value != int(value):
+        number = False
+    if isinstance(default, (int, float)) and not isinstance(default, bool) and not number:
+        kind = "a whole number" if whole else "a number"
+        raise InputError(f"{id}: {name} = {value!r}, expected {kind} (default {default})")
+    if name == "max_steps_in_episode" and value < 1:
+        raise InputError(f"{id}: {name} = {value!r}, expected at least 1")
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(item) for item in value)
+    return value
+
+
+def _factory(id: str) -> Any:
+    gymnax = _gymnax()
+    if id not in list_envs():
+        raise unknown("environment", id, list_envs())
+    from mbrl_jax.envs.classic import MountainCarContinuous
+
+    if id == "MountainCarContinuous-v0":  # gymnax's has a fault at the left wall
+        return MountainCarContinuous
+    return gymnax.registration._registry[id]
+
+
+def _gymnax() -> Any:
+    import gymnax
+
+    from mbrl_jax.envs.classic import register_with_gymnax
+
+    register_with_gymnax()
+    return gymnax

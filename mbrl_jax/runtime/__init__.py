@@ -1,0 +1,1 @@
+"""Running agents: the compiled loop, the host driver, checkpoints, logs and devices."""
