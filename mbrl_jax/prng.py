@@ -1,19 +1,21 @@
-"""Threefry in one fused kernel, for draws inside hot loops.
+"""Threefry in one fused kernel, for the few draws of a small step inside a hot loop.
 
 On a CPU JAX lowers threefry to a rolled loop of many small kernels, which costs more than the
 whole environment step of a small problem. Here the twenty rounds are written out, so that XLA
-fuses a draw into one kernel (3 to 9 times faster there). `split` and `fold_in` give the bits of
-`jax.random`; keys of another implementation go to `jax.random` itself.
+fuses a draw into the kernel that reads it. `split` and `fold_in` give the bits of `jax.random`;
+keys of another implementation go to `jax.random` itself.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry_2x32
 
 # Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3", Threefry-2x32
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
+_FUSED = 4  # draws up to this many are fused
 
 
 def fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
@@ -36,9 +38,13 @@ def uniform(key: jax.Array, num: int) -> jax.Array:
         return jax.random.uniform(key, (num,))
     half = (num + 1) // 2
     counters = jnp.arange(half, dtype=jnp.uint32)
-    bits = jnp.concatenate(_threefry(key, counters, counters + jnp.uint32(half)))[:num]
-    # a barrier: fused into a gather's index the rounds would run once more for every reader
-    return jax.lax.optimization_barrier((bits >> 8).astype(jnp.float32) * 2.0**-24)
+    if num <= _FUSED:
+        bits = jnp.concatenate(_threefry(key, counters, counters + jnp.uint32(half)))[:num]
+    else:
+        # the same bits from the rolled loop, whose result is stored: fused into several gathers
+        # the rounds would run once for every element that each of them reads
+        bits = threefry_2x32(jax.random.key_data(key), jnp.arange(num, dtype=jnp.uint32))
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _is_threefry(key: jax.Array) -> bool:

@@ -1,13 +1,12 @@
 """Exact tables against numbers solved elsewhere and against Gymnasium's own tables."""
 
-import importlib
-
 import numpy as np
 import pytest
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
+from mbrl_jax.envs import tables
 from mbrl_jax.envs.registry import make_env
-from mbrl_jax.envs.tabular import hitting_time, policy_evaluation, tabular, value_iteration
+from mbrl_jax.envs.tables import hitting_time, policy_evaluation, tabular, value_iteration
 from mbrl_jax.types import InputError
 
 MAP = ("SFFH", "FFHF", "HFFG")
@@ -183,9 +182,7 @@ def test_bad_policy_is_an_input_error():
 
 
 def test_values_without_limit_are_an_input_error(monkeypatch):
-    # the package has a function of the module's name
-    module = importlib.import_module("mbrl_jax.envs.tabular")
-    monkeypatch.setattr(module, "MAX_SWEEPS", 1000)
+    monkeypatch.setattr(tables, "MAX_SWEEPS", 1000)
     model = lake(reward_schedule=(1.0, 0.0, 0.5))
     with pytest.raises(InputError, match="smaller gamma"):
         value_iteration(model, 1.0)

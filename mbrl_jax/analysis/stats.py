@@ -38,14 +38,8 @@ class Interval(NamedTuple):
 def mean(scores: ArrayLike) -> Any:
     """Mean over tasks of the mean over seeds.
 
-    Args:
-        scores: [num_seeds] or [..., num_seeds, num_tasks].
-
-    Returns:
-        A float, or [...] with batch axes, in the unit of the scores.
-
-    Raises:
-        ValueError: scores are empty or not finite.
+    Takes scores [num_seeds] or [..., num_seeds, num_tasks] and returns [...] in their unit; raises
+    ValueError if they are empty or not finite.
     """
     return _finite(scores).mean(axis=(-2, -1))
 
@@ -53,14 +47,8 @@ def mean(scores: ArrayLike) -> Any:
 def median(scores: ArrayLike) -> Any:
     """Median over tasks of the mean over seeds; with one task that is the mean over seeds.
 
-    Args:
-        scores: [num_seeds] or [..., num_seeds, num_tasks].
-
-    Returns:
-        A float, or [...] with batch axes, in the unit of the scores.
-
-    Raises:
-        ValueError: scores are empty or not finite.
+    Takes scores [num_seeds] or [..., num_seeds, num_tasks] and returns [...] in their unit; raises
+    ValueError if they are empty or not finite.
     """
     return np.median(_finite(scores).mean(axis=-2), axis=-1)
 
@@ -69,16 +57,10 @@ def iqm(scores: ArrayLike) -> Any:
     """Interquartile mean: all runs pooled, the lowest and the highest quarter left out.
 
     A quarter is rounded down to whole runs, so it is the mean below four runs (Agarwal et al.
-    2021, section 4.3; `scipy.stats.trim_mean(scores, 0.25, axis=None)`).
+    2021, section 4; `scipy.stats.trim_mean(scores, 0.25, axis=None)`).
 
-    Args:
-        scores: [num_seeds] or [..., num_seeds, num_tasks].
-
-    Returns:
-        A float, or [...] with batch axes, in the unit of the scores.
-
-    Raises:
-        ValueError: scores are empty or not finite.
+    Takes scores [num_seeds] or [..., num_seeds, num_tasks] and returns [...] in their unit; raises
+    ValueError if they are empty or not finite.
     """
     runs = _finite(scores)
     runs = runs.reshape(*runs.shape[:-2], -1)
@@ -109,7 +91,7 @@ def bootstrap_interval(
     replicates: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """A statistic with its stratified percentile bootstrap interval (Agarwal et al. 2021, 4.1).
+    """A statistic with its stratified percentile bootstrap interval (Agarwal et al., section 4).
 
     Within each task seeds are drawn anew with replacement, independently of the other tasks: the
     interval tells how much the result would move with other seeds on the same tasks.
@@ -199,7 +181,7 @@ def performance_profile(
     replicates: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Fraction of runs that score above each threshold (Agarwal et al. 2021, equation 2).
+    """Fraction of runs that score above each threshold (Agarwal et al.: run-score distribution).
 
     Args:
         scores: [num_seeds] or [num_seeds, num_tasks].
@@ -219,8 +201,9 @@ def performance_profile(
     thresholds = np.asarray(thresholds, dtype=float)
     if thresholds.ndim != 1 or thresholds.size == 0 or not np.isfinite(thresholds).all():
         raise ValueError(
-            f"thresholds are {thresholds}; expected finite numbers [num_thresholds]: "
-            "give for example numpy.linspace(scores.min(), scores.max(), 100)"
+            f"thresholds have shape {thresholds.shape} and "
+            f"{np.count_nonzero(~np.isfinite(thresholds))} values that are NaN or infinite; "
+            "expected finite numbers [num_thresholds]: give for example numpy.linspace(0, 1, 100)"
         )
     _check(confidence, replicates)
     rng = np.random.default_rng(seed)
@@ -243,7 +226,7 @@ def probability_of_improvement(
     """How likely a run of X beats a run of Y on a task drawn at random; a tie counts one half.
 
     The mean over tasks of P(X > Y) + P(X = Y) / 2, which is the Mann-Whitney statistic divided
-    by the number of pairs (Agarwal et al. 2021, section 4.3). Seeds of X and of Y are drawn
+    by the number of pairs (Agarwal et al. 2021, section 4). Seeds of X and of Y are drawn
     independently within each task.
 
     Args:
@@ -299,7 +282,11 @@ def first_reach(steps: ArrayLike, curves: ArrayLike, threshold: float) -> np.nda
             "and [num_seeds, num_points]: give one row per seed, one column per step"
         )
     if not (np.diff(steps) > 0).all():
-        raise ValueError(f"steps are {steps}; expected increasing numbers: sort the evaluations")
+        at = np.flatnonzero(~(np.diff(steps) > 0))[0]
+        raise ValueError(
+            f"steps go from {steps[at]:g} to {steps[at + 1]:g}; expected increasing numbers: "
+            "sort the evaluations"
+        )
     reached = curves >= threshold
     return np.where(reached.any(axis=1), steps[reached.argmax(axis=1)], np.inf)
 

@@ -5,7 +5,7 @@ gymnax starts the JAX backend when it is imported, so it loads at the first `mak
 
 from mbrl_jax.envs.env import Env, TimeStep
 from mbrl_jax.envs.registry import list_envs, make_env
-from mbrl_jax.envs.tabular import (
+from mbrl_jax.envs.tables import (
     Tabular,
     hitting_time,
     policy_evaluation,

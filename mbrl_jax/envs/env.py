@@ -40,6 +40,7 @@ class Env:
     native_low: tuple[float, ...] | None = None
     native_high: tuple[float, ...] | None = None
     cached_resets: int = 0  # start states drawn once per run and reused; 0 draws each afresh
+    arguments: tuple[tuple[str, Any], ...] = ()  # what `make_env` was called with, for the record
 
     def reset(self, key: jax.Array) -> tuple[PyTree, jax.Array]:
         """A first state and its observation `[*obs_shape]`."""
@@ -84,7 +85,7 @@ class Env:
 jax.tree_util.register_dataclass(
     Env,
     data_fields=["params"],
-    meta_fields=["base", "spec", "native_low", "native_high", "cached_resets"],
+    meta_fields=["base", "spec", "native_low", "native_high", "cached_resets", "arguments"],
 )
 
 

@@ -68,7 +68,9 @@ def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, 
     for name, value in changed.items():
         _check_param(id, name, value, fields[name])
     params = dataclasses.replace(base.default_params, **changed)
-    return _wrap(id, base, params, rescale, cached_resets)
+    env = _wrap(id, base, params, rescale, cached_resets)
+    options = (("cached_resets", cached_resets), ("rescale_actions", rescale))
+    return dataclasses.replace(env, arguments=options + kwargs)
 
 
 def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) -> Env:

@@ -267,9 +267,7 @@ def _env_step(
     batch, step = step_batch(env, env_key, batch, action)
     learner = agent.observe(run.agent, step, extras, t)
     returns, lengths, episodes = _count(run, step)
-    run = run._replace(
-        agent=learner, memory=memory, batch=batch, returns=returns, lengths=lengths
-    )
+    run = run._replace(agent=learner, memory=memory, batch=batch, returns=returns, lengths=lengths)
     return run, episodes
 
 

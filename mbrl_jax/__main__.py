@@ -1,0 +1,332 @@
+"""The command line: train, evaluate, compare, list."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mbrl_jax.types import InputError, unknown
+
+_USAGE = """usage: mbrl-jax COMMAND ...
+
+  train AGENT --env ID --total-steps T --out DIR   train many seeds at once
+  evaluate DIR                                     greedy episodes from the newest checkpoint
+  compare DIR DIR ...                              a table with intervals, and one plot
+  list agents|envs                                 what there is
+
+mbrl-jax train AGENT --help shows every option with its default and meaning.
+"""
+
+
+def _arg(text: str, **kwargs: Any) -> Any:
+    return tyro.conf.arg(help=text, **kwargs)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainOptions:
+    """Options of `train` that every agent shares."""
+
+    env: Annotated[str, _arg("environment id; `list envs` shows them")]
+    total_steps: Annotated[int, _arg("environment steps of each seed")]
+    out: Annotated[Path, _arg("the run folder to write")]
+    env_args: Annotated[
+        tuple[str, ...],
+        _arg("KEY=VALUE ...: constructor arguments and parameters of the environment"),
+    ] = ()
+    seeds: Annotated[int, _arg("independent runs, all at once")] = 1
+    seed: Annotated[int, _arg("of the key that the runs' keys are split from")] = 0
+    eval_every: Annotated[
+        int | None, _arg("environment steps between evaluations; a twentieth of the total if None")
+    ] = None
+    eval_episodes: Annotated[int, _arg("greedy episodes of an evaluation")] = 10
+    eval_max_steps: Annotated[
+        int | None, _arg("ends an evaluation episode early; the environment's limit if None")
+    ] = None
+    seed_mode: Annotated[
+        str, _arg("vmap: a device's seeds in one batch; map: one after another; auto: by size")
+    ] = "auto"
+    resume: Annotated[bool, _arg("go on from the newest checkpoint in --out")] = False
+    cpu_devices: Annotated[
+        int | None, _arg("spread the seeds over this many CPU devices; the cores if None")
+    ] = None
+    coordinator: Annotated[
+        str | None,
+        _arg("HOST:PORT of process 0, for runs over several hosts; auto asks the cluster"),
+    ] = None
+    num_processes: Annotated[int | None, _arg("how many processes take part")] = None
+    process_id: Annotated[int | None, _arg("which of them this one is")] = None
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    run: Annotated[tyro.conf.Positional[Path], _arg("a run folder")]
+    episodes: Annotated[int, _arg("greedy episodes of each seed")] = 100
+    seed: Annotated[int, _arg("of the evaluation's keys")] = 0
+
+
+@dataclasses.dataclass
+class CompareOptions:
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], _arg("run folders, the baseline first")]
+    metric: Annotated[str, _arg("a column of metrics.csv")] = "eval_return"
+    out: Annotated[Path, _arg("the plot to write, as PNG and SVG")] = Path("compare.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (2 for bad input, 128 + n for signal n)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "list": _list}
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(_USAGE, end="")
+            return 0
+        if args[0] not in commands:
+            raise unknown("command", args[0], commands)
+        return commands[args[0]](args[1:])
+    except (InputError, ValueError) as error:
+        if not isinstance(error, InputError) and not _from_analysis(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _from_analysis(error: BaseException) -> bool:
+    # analysis/ stands apart and raises plain ValueErrors of the same kind
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "mbrl_jax/analysis/" in trace.tb_frame.f_code.co_filename
+
+
+def _train(args: list[str]) -> int:
+    from mbrl_jax.agents import AGENTS
+
+    if not args or args[0].startswith("-"):
+        print(f"usage: mbrl-jax train AGENT ...; AGENT: {', '.join(AGENTS)}")
+        return 0 if args[:1] in (["-h"], ["--help"]) else 2
+    definition = AGENTS[args[0]]
+    preset = definition.config_for(_peek(args, "--env") or "")
+    options_type = dataclasses.make_dataclass(
+        "Train",
+        [("agent", type(preset), dataclasses.field(default=preset))],
+        bases=(TrainOptions,),
+        kw_only=True,
+    )
+    options = _parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
+    _start_backend(options.cpu_devices, options.seeds)
+    if options.coordinator is not None:
+        _join(options)
+    return _train_with(definition, options)
+
+
+def _train_with(definition: Any, options: Any) -> int:
+    from mbrl_jax.envs import make_env
+    from mbrl_jax.runtime.train import Stopped, train
+
+    config = options.agent
+    overrides = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    env = make_env(options.env, **_env_args(options.env_args))
+    try:
+        result = train(
+            definition,
+            env,
+            options.total_steps,
+            options.seeds,
+            options.out,
+            seed=options.seed,
+            eval_every=options.eval_every,
+            eval_episodes=options.eval_episodes,
+            eval_max_steps=options.eval_max_steps,
+            seed_mode=options.seed_mode,
+            resume=options.resume,
+            progress=True,
+            **overrides,
+        )
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signum
+    _report(options.out, result.history)
+    return 0
+
+
+def _report(out: Path, history: dict[str, Any]) -> None:
+    from mbrl_jax.analysis import stats
+
+    evaluated = history["eval_return"][:, -1]
+    text = f"{out}: {evaluated.size} seeds, {history['env_steps'][-1]:,} environment steps each"
+    if evaluated.size and not (evaluated != evaluated).any():
+        point, low, high = stats.bootstrap_interval(evaluated)
+        text += f"; final greedy return {point:.3f} (IQM, 95% interval {low:.3f} to {high:.3f})"
+    print(text)
+
+
+def _evaluate(args: list[str]) -> int:
+    options = _parse(EvaluateOptions, args, "mbrl-jax evaluate")
+    _start_backend(None, 1)
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbrl_jax.analysis import stats
+    from mbrl_jax.runtime.evaluate import evaluate_run
+
+    run, env_steps, returns, lengths = evaluate_run(options.run, options.episodes, options.seed)
+    title = f"{run['agent']} on {run['env']} after {env_steps:,} steps, {options.episodes} episodes"
+    table = Table("seed", "mean return", "least", "greatest", "mean length", title=title)
+    for seed, (row, length) in enumerate(zip(returns, lengths, strict=True)):
+        cells = (row.mean(), row.min(), row.max(), length.mean())
+        table.add_row(str(seed), *(f"{cell:.3f}" for cell in cells))
+    Console().print(table)
+    point, low, high = stats.bootstrap_interval(returns.mean(axis=1))
+    print(f"IQM over seeds {point:.3f}, 95% interval {low:.3f} to {high:.3f}")
+    return 0
+
+
+def _compare(args: list[str]) -> int:
+    options = _parse(CompareOptions, args, "mbrl-jax compare")
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbrl_jax.analysis import plots, runs, stats
+    from mbrl_jax.runtime.logs import read_config
+
+    if not options.runs:
+        raise InputError("compare: expected run folders; give at least one")
+    configs = [read_config(folder) for folder in options.runs]
+    worlds = [(config["env"], config["env_args"]) for config in configs]
+    for folder, world in zip(options.runs, worlds, strict=True):
+        if world != worlds[0]:
+            raise InputError(
+                f"compare: {folder} ran on {world}, {options.runs[0]} on {worlds[0]}; "
+                "expected runs on one environment"
+            )
+    labels = [folder.name or str(folder) for folder in options.runs]
+    if len(set(labels)) < len(labels):
+        labels = [str(folder) for folder in options.runs]
+    tables = [runs.read_run(folder) for folder in options.runs]
+    for folder, table in zip(options.runs, tables, strict=True):
+        if options.metric not in table or options.metric in ("seed", "env_steps"):
+            raise unknown(f"metric of {folder}:", options.metric, list(table)[2:])
+    final = [table[options.metric][:, -1] for table in tables]
+    shown = Table(
+        "run", "agent", "seeds", "steps", f"{options.metric} (IQM)", "95% interval",
+        f"P(better than {labels[0]})", title=f"{worlds[0][0]}, final evaluation",
+    )  # fmt: skip
+    for i, (label, config, table) in enumerate(zip(labels, configs, tables, strict=True)):
+        point, low, high = stats.bootstrap_interval(final[i])
+        better = "baseline"
+        if i:
+            p = stats.probability_of_improvement(final[i], final[0])
+            better = f"{p.point:.2f} ({p.low:.2f} to {p.high:.2f})"
+        steps = f"{table['env_steps'][-1]:,}"
+        shown.add_row(
+            label, config["agent"], str(len(final[i])), steps, f"{point:.3f}",
+            f"{low:.3f} to {high:.3f}", better,
+        )  # fmt: skip
+    # a pipe gets the whole table, not one cut at 80 columns
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    curves = {
+        label: (table["env_steps"], table[options.metric])
+        for label, table in zip(labels, tables, strict=True)
+    }
+    ylabel = options.metric.replace("_", " ")
+    paths = plots.learning_curves(curves, options.out, title=worlds[0][0], ylabel=ylabel)
+    print(f"plot: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _list(args: list[str]) -> int:
+    if args == ["agents"]:
+        from mbrl_jax.agents import AGENTS
+
+        for name, definition in AGENTS.items():
+            print(f"{name:22}{definition.summary}")
+        return 0
+    if args == ["envs"]:
+        from mbrl_jax.envs import list_envs, make_env
+
+        for name in list_envs():
+            spec = make_env(name).spec
+            actions = f"{spec.num_actions} actions" if spec.discrete else f"{spec.action_shape}"
+            obs = f"{spec.num_obs} states" if spec.num_obs else f"{spec.obs_shape}"
+            print(f"{name:28}{obs:16}{actions:14}limit {spec.episode_limit}")
+        return 0
+    raise InputError(f"list {' '.join(args)!r}: expected `list agents` or `list envs`")
+
+
+def _parse(kind: Any, args: list[str], prog: str) -> Any:
+    """tyro's parser, its boxed complaint folded into one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=args, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(said.getvalue(), prog)) from None
+
+
+def _one_line(box: str, prog: str) -> str:
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    near = re.findall(r"^(--[\w.-]+)", "\n".join(lines[rule:]), flags=re.MULTILINE)
+    hint = f"; did you mean {' or '.join(near[:3])}?" if "Perhaps" in box and near else ""
+    return f"{' '.join(lines[:rule])}{hint} (see {prog} --help)"
+
+
+def _peek(args: list[str], name: str) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == name and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(name + "="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _env_args(pairs: tuple[str, ...]) -> dict[str, Any]:
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--env-args {pair!r}: expected KEY=VALUE, such as is_slippery=false")
+        words = {"true": True, "false": False, "none": None}
+        try:
+            values[name] = words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values
+
+
+def _start_backend(cpu_devices: int | None, seeds: int) -> None:
+    """Sets what JAX reads before its backend starts, which importing gymnax does."""
+    import jax
+
+    if cpu_devices is not None and cpu_devices < 1:
+        raise InputError(f"--cpu-devices {cpu_devices}: expected 1 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cpu_devices or max(1, min(cores or 1, seeds)))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mbrl_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _join(options: Any) -> None:
+    import jax
+
+    if options.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if options.num_processes is None or options.process_id is None:
+        raise InputError("--coordinator: expected --num-processes and --process-id beside it")
+    jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

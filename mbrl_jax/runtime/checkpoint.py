@@ -1,0 +1,146 @@
+"""Checkpoints with orbax: whole or absent, the newest three kept, damage found by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from mbrl_jax.types import InputError, PyTree
+
+_KEPT = 3
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run; step numbers count finished periods."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=_KEPT, enable_async_checkpointing=False, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def newest(self) -> int | None:
+        """The number of periods that the newest whole checkpoint holds, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Writes `state` as checkpoint `step`: to a temporary folder that is renamed when whole.
+
+        Raises InputError where the disk does not take it; earlier checkpoints stay as they are.
+        """
+        arrays = _arrays(state)
+        about = {"digest": _digest(arrays), "shapes": _shapes(arrays)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+                ),
+                force=True,
+            )
+        except Exception as error:  # orbax and tensorstore raise what they like on a full disk
+            raise InputError(
+                f"cannot write checkpoint {self.folder / str(step)}: {_first_line(error)}; "
+                "free some space, then go on with --resume"
+            ) from error
+
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """Checkpoint `step` with the structure, shapes and shardings of `like`.
+
+        Args:
+          like: a state, or `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises InputError for a checkpoint that is damaged or of another run.
+        """
+        path = self.folder / str(step)
+        mend = f"remove {path} to go on from the checkpoint before it, or start a new --out"
+        wanted = _abstract(like)
+        try:
+            about = self._manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+            shapes, digest = about["shapes"], about["digest"]
+        except Exception as error:
+            raise InputError(
+                f"checkpoint {path} is damaged: {_first_line(error)}; {mend}"
+            ) from error
+        if shapes != _shapes(wanted):
+            raise InputError(f"checkpoint {path} is of another agent or environment; {mend}")
+        try:
+            arrays = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+            )["state"]
+        except Exception as error:
+            raise InputError(
+                f"checkpoint {path} is damaged: {_first_line(error)}; {mend}"
+            ) from error
+        if _digest(arrays) != digest:
+            raise InputError(f"checkpoint {path} is damaged: its digest does not agree; {mend}")
+        return _rebuild(like, arrays)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _arrays(state: PyTree) -> dict[str, Any]:
+    # orbax refuses empty arrays; typed keys are stored as their words
+    return {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for name, leaf in _named(state)
+        if leaf.size
+    }
+
+
+def _abstract(like: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    def plain(leaf: Any) -> jax.ShapeDtypeStruct:
+        words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+    return {name: plain(leaf) for name, leaf in _named(like) if leaf.size}
+
+
+def _rebuild(like: PyTree, arrays: dict[str, jax.Array]) -> PyTree:
+    def leaf(name: str, spec: Any) -> jax.Array:
+        if not spec.size:
+            return jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+        if _is_key(spec):
+            return jax.random.wrap_key_data(arrays[name], impl=spec.dtype._impl.name)
+        return arrays[name]
+
+    leaves = [leaf(name, spec) for name, spec in _named(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
+
+
+def _digest(arrays: dict[str, jax.Array]) -> str:
+    if jax.process_count() > 1:
+        arrays = {n: multihost_utils.process_allgather(x, tiled=True) for n, x in arrays.items()}
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.asarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

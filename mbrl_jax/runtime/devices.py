@@ -1,0 +1,102 @@
+"""Where seeds run: vmapped or one after another on each device, and spread over all devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mbrl_jax.types import InputError, PyTree
+
+SEED_MODES = ("auto", "vmap", "map")
+# beyond this many weights a CPU gains nothing from a batch of seeds, and loses its cache
+_LARGE = 100_000
+
+
+def seed_mesh(num_seeds: int) -> Mesh:
+    """A mesh with the one axis `seed` over the devices of all processes.
+
+    One process uses as many of its devices as divide the seeds; several need seeds that divide
+    by all their devices, otherwise InputError.
+    """
+    devices = jax.devices()
+    if num_seeds % len(devices):
+        if jax.process_count() > 1:
+            raise InputError(
+                f"seeds = {num_seeds}: expected a multiple of the {len(devices)} devices of the "
+                f"{jax.process_count()} processes"
+            )
+        devices = devices[: math.gcd(num_seeds, len(devices))]
+    return jax.make_mesh((len(devices),), ("seed",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def put_seeds(keys: jax.Array, mesh: Mesh) -> jax.Array:
+    """Keys [num_seeds] with each device's share on it."""
+    sharding = NamedSharding(mesh, PartitionSpec("seed"))
+    words = np.asarray(jax.random.key_data(keys))
+    placed = jax.make_array_from_callback(words.shape, sharding, lambda index: words[index])
+    return jax.random.wrap_key_data(placed)
+
+
+def over_seeds(fn: Callable[..., PyTree], mesh: Mesh, mode: str, shared: int) -> Callable:
+    """`fn` over a leading axis of seeds, spread over the mesh without communication.
+
+    Args:
+      fn: of one seed; its last `shared` arguments are the same for all seeds and stay unbatched.
+      mesh: from `seed_mesh`.
+      mode: "vmap" runs a device's seeds in one batch, "map" one after another.
+    """
+
+    def local(*args: Any) -> PyTree:
+        split = len(args) - shared
+        own, common = args[:split], args[split:]
+        if mode == "vmap":
+            return jax.vmap(lambda *own: fn(*own, *common))(*own)
+        return jax.lax.map(lambda own: fn(*own, *common), own)
+
+    def sharded(*args: Any) -> PyTree:
+        split = len(args) - shared
+        specs = (PartitionSpec("seed"),) * split + (PartitionSpec(),) * shared
+        # per-shard programs: a vmapped while_loop would otherwise ask all devices when to stop
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("seed"), check_vma=False
+        )(*args)
+
+    return sharded
+
+
+def seed_mode(mode: str, agent_state: PyTree) -> str:
+    """Resolves "auto": vmap, except on a CPU for agents whose `params` are large."""
+    if mode not in SEED_MODES:
+        raise InputError(f"seed_mode = {mode!r}: expected one of {', '.join(SEED_MODES)}")
+    if mode != "auto":
+        return mode
+    params = jax.tree.leaves(getattr(agent_state, "params", ()))
+    large = sum(leaf.size for leaf in params) > _LARGE
+    return "map" if large and jax.default_backend() == "cpu" else "vmap"
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """The whole arrays as numpy, on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(np.asarray, tree)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process, so that all stop at the same chunk."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(jnp.asarray(flag))))
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("mbrl_jax")

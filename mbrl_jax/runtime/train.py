@@ -1,0 +1,312 @@
+"""The host driver: the compiled loop in equal chunks, with logs, checkpoints and resume between.
+
+Each chunk is one period of `runtime.loop`, the same compiled function with donated state, so the
+result is bit for bit that of the uncut `make_train` on the same seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mbrl_jax.agents import AGENTS, AgentDef
+from mbrl_jax.envs import Env, make_env
+from mbrl_jax.runtime import devices, logs
+from mbrl_jax.runtime.loop import Program, RunState, make_program
+from mbrl_jax.types import Agent, InputError, PyTree
+
+
+class Result(NamedTuple):
+    """What `train` gives: learner states [seeds, ...] and metrics by name."""
+
+    state: PyTree
+    history: dict[str, np.ndarray]  # `env_steps` [evaluations], the others [seeds, evaluations]
+
+
+class Stopped(Exception):
+    """A signal ended the run after a whole chunk, which is saved."""
+
+    def __init__(self, signum: int, out: Path, env_steps: int):
+        name = signal.Signals(signum).name
+        super().__init__(
+            f"stopped by {name} at step {env_steps:,}, saved in {out}; "
+            "go on with the same command and --resume"
+        )
+        self.signum = signum
+
+
+def train(
+    agent: str | AgentDef,
+    env: str | Env,
+    total_steps: int,
+    seeds: int = 1,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    eval_every: int | None = None,
+    eval_episodes: int = 10,
+    eval_max_steps: int | None = None,
+    seed_mode: str = "auto",
+    resume: bool = False,
+    progress: bool = False,
+    **overrides: Any,
+) -> Result:
+    """Trains `seeds` independent runs of an agent at once.
+
+    Args:
+      agent: a name in `AGENTS`, or a definition of one's own.
+      env: an id for `make_env`, or an environment from it.
+      total_steps, eval_every, eval_episodes, eval_max_steps: as in `make_train`.
+      seeds: how many; run i has the same key for every number of seeds above i.
+      out: a run folder to write: config.json, metrics.csv, checkpoints/, curve.png. Nothing is
+        written without it.
+      seed: of the key from which the runs' keys are split.
+      seed_mode: "vmap" runs a device's seeds in one batch, "map" one after another, "auto" takes
+        map on a CPU for large networks.
+      resume: go on from the newest checkpoint in `out`.
+      progress: show steps/s and the newest return.
+      **overrides: fields of the agent's config.
+
+    Returns:
+      Result; with several processes the state stays spread over their devices.
+
+    Raises:
+      InputError: bad input, before anything compiles or is written; a folder that holds another
+        run; a damaged checkpoint; a full disk.
+      Stopped: SIGINT or SIGTERM came while `out` was being written, and the run is saved.
+    """
+    if resume and out is None:
+        raise InputError("resume = True: expected `out`, the folder of the run to go on with")
+    job = make_job(
+        agent, env, total_steps, seeds, seed, eval_every, eval_episodes, eval_max_steps, seed_mode,
+        overrides,
+    )  # fmt: skip
+    if out is None:
+        return _run_in_memory(job, progress)
+    return _run_in_folder(job, Path(out), resume, progress)
+
+
+class Job(NamedTuple):
+    """A checked training run, ready to compile."""
+
+    run: dict[str, Any]  # all that determines the result, as JSON values; see `config.json`
+    env: Env
+    agent: Agent
+    program: Program
+    config: Any
+    mode: str  # of the seeds, "vmap" or "map"
+    mesh: Mesh
+
+    def functions(self) -> tuple[Any, Any]:
+        """Compiled `init(keys, config)` and `chunk(run, config, index)`, which donates `run`."""
+        init = devices.over_seeds(self.program.init, self.mesh, self.mode, shared=1)
+        chunk = devices.over_seeds(self.program.period, self.mesh, self.mode, shared=2)
+        return jax.jit(init), jax.jit(chunk, donate_argnums=0)
+
+    def keys(self) -> jax.Array:
+        """[seeds] keys; run i has the same one for every number of seeds above i."""
+        keys = jax.random.split(jax.random.key(self.run["seed"]), self.run["seeds"])
+        return devices.put_seeds(keys, self.mesh)
+
+    def like(self) -> RunState:
+        """Shapes and shardings of the run state, for a restore."""
+        init = devices.over_seeds(self.program.init, self.mesh, self.mode, shared=1)
+        shapes = jax.eval_shape(init, self.keys(), traced(self.config))
+        sharding = NamedSharding(self.mesh, PartitionSpec("seed"))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+
+
+def make_job(
+    agent: str | AgentDef,
+    env: str | Env,
+    total_steps: int,
+    seeds: int,
+    seed: int,
+    eval_every: int | None,
+    eval_episodes: int,
+    eval_max_steps: int | None,
+    seed_mode: str,
+    overrides: dict[str, Any],
+) -> Job:
+    """Checks the arguments of `train`; compiles nothing and touches no file."""
+    definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
+    env = make_env(env) if isinstance(env, str) else env
+    config = definition.config_for(env.spec.id, **overrides)
+    for name, value, least in (("seeds", seeds, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
+    program = make_program(
+        definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
+    )
+    shapes = jax.eval_shape(program.init, jax.random.key(0), config)
+    run = {
+        "agent": definition.name,
+        "env": env.spec.id,
+        "env_args": dict(env.arguments),
+        "total_steps": total_steps,
+        "seeds": seeds,
+        "seed": seed,
+        "eval_every": program.plan.steps_per_period * program.plan.num_envs,
+        "eval_episodes": eval_episodes,
+        "eval_max_steps": eval_max_steps,
+        "seed_mode": seed_mode,
+        "config": logs.config_fields(config),
+    }
+    mode = devices.seed_mode(seed_mode, shapes.agent)
+    built = definition.make(config, env.spec)
+    return Job(run, env, built, program, config, mode, devices.seed_mesh(seeds))
+
+
+def load_job(out: Path) -> Job:
+    """The job of a run folder, from its config.json; InputError where that is not a run's."""
+    run = logs.read_config(out)
+    try:
+        env = make_env(run["env"], **run["env_args"])
+        return make_job(
+            run["agent"], env, run["total_steps"], run["seeds"], run["seed"], run["eval_every"],
+            run["eval_episodes"], run["eval_max_steps"], run["seed_mode"], run["config"],
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{out / 'config.json'} is damaged ({error!r})") from error
+
+
+def traced(config: Any) -> Any:
+    """The config with its floats as arrays, so that new values never recompile."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), config)
+
+
+def _chunks(
+    job: Job, run: RunState | None, first: int, display: logs.Display
+) -> Iterator[tuple[int, RunState, dict[str, np.ndarray]]]:
+    """Runs the periods from `first` on: (period, run after it, metrics [seeds])."""
+    init, chunk = job.functions()
+    config = traced(job.config)
+    run = init(job.keys(), config) if run is None else run
+    for period in range(first, job.program.plan.periods):
+        run, metrics = chunk(run, config, jnp.int32(period))
+        metrics = devices.to_host(metrics)
+        display.update(job.program.plan.env_steps(period), job.run["seeds"], metrics)
+        yield period, run, metrics
+
+
+def _run_in_memory(job: Job, progress: bool) -> Result:
+    plan = job.program.plan
+    display = logs.Display(plan.env_steps(plan.periods - 1), 0, progress)
+    rows = []
+    try:
+        for _, state, metrics in _chunks(job, None, 0, display):
+            rows.append(metrics)
+    finally:
+        display.close()
+    history = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
+    env_steps = np.array([plan.env_steps(period) for period in range(plan.periods)])
+    return Result(state.agent, {"env_steps": env_steps, **history})
+
+
+def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
+    from mbrl_jax.analysis import runs
+    from mbrl_jax.runtime.checkpoint import Checkpoints
+
+    plan, leader = job.program.plan, jax.process_index() == 0
+    if leader:
+        _prepare(out, job.run, resume)
+    devices.wait_for_all()
+    try:
+        checkpoints = Checkpoints(out / "checkpoints")
+        newest = checkpoints.newest()
+        state = None if newest is None else checkpoints.restore(newest, job.like())
+        first = 0 if newest is None else newest
+        metrics_file = logs.MetricsFile(out)
+        done = plan.env_steps(first - 1) if first else 0
+        before = metrics_file.cut(done) if leader else 0.0
+        start = time.perf_counter()
+        display = logs.Display(plan.env_steps(plan.periods - 1), done, progress and leader)
+        chunks = _chunks(job, state, first, display)
+        with _signals() as received:
+            try:
+                for period, state, metrics in chunks:
+                    if leader:
+                        wall = before + time.perf_counter() - start
+                        metrics_file.append(plan.env_steps(period), wall, metrics)
+                    checkpoints.save(period + 1, state)
+                    if devices.any_process(bool(received)):
+                        signum = received[0] if received else signal.SIGTERM
+                        raise Stopped(signum, out, plan.env_steps(period))
+            finally:
+                display.close()
+        checkpoints.close()
+        if leader:
+            logs.draw_curve(out, job.run["agent"])
+    except OSError as error:
+        raise InputError(
+            f"cannot write {error.filename or out}: {error.strerror}; mend that, then go on "
+            "with --resume"
+        ) from error
+    history = runs.read_run(out)
+    history = {name: column for name, column in history.items() if name != "seed"}
+    return Result(state.agent, history)
+
+
+def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
+    """Checks that `out` may be written, and writes `config.json` where the run is new."""
+    try:
+        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if resume and (out / "config.json").exists():
+            _compare(logs.read_config(out), run, out)
+            return
+        if used:
+            mend = "take another --out" if resume else "add --resume to go on, or take another"
+            raise InputError(f"{out} holds {'another run' if not resume else 'no run'}; {mend}")
+        out.mkdir(parents=True, exist_ok=True)
+        logs.write_config(out, run)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}; take another --out") from error
+
+
+def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
+    new = json.loads(json.dumps(new))  # tuples as the lists that the file holds
+    flat_old, flat_new = ({**r, **r.pop("config", {})} for r in (dict(old), dict(new)))
+    for name in sorted(flat_old.keys() | flat_new.keys()):
+        a, b = flat_old.get(name), flat_new.get(name)
+        if a != b:
+            raise InputError(
+                f"--resume: {name} is {b!r}, but the run in {out} has {a!r}; give the same, or "
+                "take another --out"
+            )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a chunk ends whole; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(signum: int, frame: Any) -> None:
+        received.append(signum)
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+    for s in old:
+        signal.signal(s, note)
+    try:
+        yield received
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
