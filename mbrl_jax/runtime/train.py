@@ -210,11 +210,12 @@ def _run_in_memory(job: Job, progress: bool) -> Result:
     try:
         for _, state, metrics in _chunks(job, None, 0, display):
             rows.append(metrics)
+            learner = state.agent
     finally:
         display.close()
     history = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
     env_steps = np.array([plan.env_steps(period) for period in range(plan.periods)])
-    return Result(state.agent, {"env_steps": env_steps, **history})
+    return Result(learner, {"env_steps": env_steps, **history})
 
 
 def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
@@ -264,7 +265,10 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
 def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
     """Checks that `out` may be written, and writes `config.json` where the run is new."""
     try:
-        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        # a file that a kill left half-written is nobody's
+        used = out.exists() and (
+            not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())
+        )
         if resume and (out / "config.json").exists():
             _compare(logs.read_config(out), run, out)
             return
