@@ -39,12 +39,12 @@ def uniform(key: jax.Array, num: int) -> jax.Array:
     half = (num + 1) // 2
     counters = jnp.arange(half, dtype=jnp.uint32)
     if num <= _FUSED:
-        bits = jnp.concatenate(_threefry(key, counters, counters + jnp.uint32(half)))[:num]
+        bits = jnp.concatenate(_threefry(key, counters, counters + jnp.uint32(half)))
     else:
         # the same bits from the rolled loop, whose result is stored: fused into several gathers
         # the rounds would run once for every element that each of them reads
-        bits = threefry_2x32(jax.random.key_data(key), jnp.arange(num, dtype=jnp.uint32))
-    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+        bits = threefry_2x32(jax.random.key_data(key), jnp.arange(2 * half, dtype=jnp.uint32))
+    return (bits[:num] >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _is_threefry(key: jax.Array) -> bool:

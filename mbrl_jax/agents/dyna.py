@@ -55,7 +55,8 @@ class Config:
     model: Literal["last", "counts"] = "last"
     # recency: kappa * sqrt(time since the last visit) in planning (Dyna-Q+). recency_action: the
     # same in the choice of actions instead (Exercise 8.4). mbie_eb: beta / sqrt(visits) in every
-    # update. rmax: a pair visited fewer than rmax_visits times is worth rmax_reward for ever
+    # update, and a pair never tried is worth reward_max for ever. rmax: so is a pair visited fewer
+    # than rmax_visits times
     bonus: Literal["none", "recency", "recency_action", "mbie_eb", "rmax"] = "none"
     # weight of the recency bonus
     kappa: float = ranged(1e-3, "[0, inf)")
@@ -63,8 +64,8 @@ class Config:
     beta: float = ranged(0.1, "[0, inf)")
     # visits after which R-max trusts a pair
     rmax_visits: int = ranged(1, "[1, inf)")
-    # the largest reward of the world, which R-max assumes of unknown pairs
-    rmax_reward: float = 1.0
+    # the largest reward of the world, which R-max and MBIE-EB assume of unknown pairs
+    reward_max: float = 1.0
     # priorities below this are not queued (prioritised planning)
     theta: float = ranged(1e-4, "[0, inf)")
 
@@ -102,7 +103,8 @@ def target(cfg: Config, q: jax.Array, num_actions: int, outcome: Outcome) -> jax
     """
     plain = tabular.bootstrapped(outcome, q, num_actions, cfg.gamma)
     if cfg.bonus == "mbie_eb":
-        return plain + cfg.beta * jax.lax.rsqrt(jnp.maximum(outcome.count, 1.0))
+        bonus = cfg.beta * jax.lax.rsqrt(jnp.maximum(outcome.count, 1.0))
+        return jnp.where(outcome.count > 0, plain + bonus, optimistic(cfg))
     if cfg.bonus == "rmax":
         return jnp.where(outcome.count >= cfg.rmax_visits, plain, optimistic(cfg))
     return plain
@@ -110,7 +112,7 @@ def target(cfg: Config, q: jax.Array, num_actions: int, outcome: Outcome) -> jax
 
 def optimistic(cfg: Config) -> jax.Array:
     """The value of earning the largest reward for ever, r_max / (1 - gamma)."""
-    return cfg.rmax_reward / jnp.maximum(1.0 - cfg.gamma, 1e-6)
+    return cfg.reward_max / jnp.maximum(1.0 - cfg.gamma, 1e-6)
 
 
 def recall_with_bonus(cfg: Config, model: Model, pairs: jax.Array, t: jax.Array) -> Outcome:
@@ -204,7 +206,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     cfg, num_states, num_actions = config, spec.num_obs, spec.num_actions
 
     def init(key: jax.Array) -> State:
-        first = optimistic(cfg) if cfg.bonus == "rmax" else cfg.q_init
+        first = optimistic(cfg) if cfg.bonus in ("rmax", "mbie_eb") else cfg.q_init
         pairs = num_states * num_actions
         empty = tabular.init_counts if cfg.model == "counts" else tabular.init_last_outcome
         zero = jnp.int32(0)

@@ -17,12 +17,20 @@ _KEPT = 3
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run; step numbers count finished periods."""
+    """The folder `checkpoints/` of a run; step numbers count finished periods.
 
-    def __init__(self, folder: Path):
+    Each checkpoint bears `run`, what config.json says of its run, so that one of another run is
+    told apart. `write=False` leaves the folder as it is, for a look at a run that may be training.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], write: bool = True):
         self.folder = folder.resolve()
+        self._run = run
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEPT, enable_async_checkpointing=False, create=True
+            max_to_keep=_KEPT,
+            enable_async_checkpointing=False,
+            create=write,
+            cleanup_tmp_directories=write,  # what a kill has left half-written
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -36,7 +44,7 @@ class Checkpoints:
         Raises InputError where the disk does not take it; earlier checkpoints stay as they are.
         """
         arrays = _arrays(state)
-        about = {"digest": _digest(arrays), "shapes": _shapes(arrays)}
+        about = {"run": self._run, "digest": _digest(arrays), "shapes": _shapes(arrays)}
         try:
             self._manager.save(
                 step,
@@ -66,13 +74,13 @@ class Checkpoints:
             about = self._manager.restore(
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
             )["about"]
-            shapes, digest = about["shapes"], about["digest"]
+            run, shapes, digest = about["run"], about["shapes"], about["digest"]
         except Exception as error:
             raise InputError(
                 f"checkpoint {path} is damaged: {_first_line(error)}; {mend}"
             ) from error
-        if shapes != _shapes(wanted):
-            raise InputError(f"checkpoint {path} is of another agent or environment; {mend}")
+        if run != self._run or shapes != _shapes(wanted):
+            raise InputError(f"checkpoint {path} is of another run; {mend}")
         try:
             arrays = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))

@@ -64,11 +64,18 @@ def over_seeds(fn: Callable[..., PyTree], mesh: Mesh, mode: str, shared: int) ->
         split = len(args) - shared
         specs = (PartitionSpec("seed"),) * split + (PartitionSpec(),) * shared
         # per-shard programs: a vmapped while_loop would otherwise ask all devices when to stop
-        return jax.shard_map(
+        out = jax.shard_map(
             local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("seed"), check_vma=False
         )(*args)
+        return jax.tree.map(_strong, out)
 
     return sharded
+
+
+def _strong(x: jax.Array) -> jax.Array:
+    # a type that is weak after one chunk and not before it would trace the next one anew
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else jax.lax.convert_element_type(x, x.dtype)
 
 
 def seed_mode(mode: str, agent_state: PyTree) -> str:

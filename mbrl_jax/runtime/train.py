@@ -168,6 +168,7 @@ def make_job(
     }
     mode = devices.seed_mode(seed_mode, shapes.agent)
     built = definition.make(config, env.spec)
+    run = json.loads(json.dumps(run))  # tuples as the lists that a file gives back
     return Job(run, env, built, program, config, mode, devices.seed_mesh(seeds))
 
 
@@ -227,7 +228,7 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
         _prepare(out, job.run, resume)
     devices.wait_for_all()
     try:
-        checkpoints = Checkpoints(out / "checkpoints")
+        checkpoints = Checkpoints(out / "checkpoints", job.run)
         newest = checkpoints.newest()
         state = None if newest is None else checkpoints.restore(newest, job.like())
         first = 0 if newest is None else newest
@@ -282,7 +283,6 @@ def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    new = json.loads(json.dumps(new))  # tuples as the lists that the file holds
     flat_old, flat_new = ({**r, **r.pop("config", {})} for r in (dict(old), dict(new)))
     for name in sorted(flat_old.keys() | flat_new.keys()):
         a, b = flat_old.get(name), flat_new.get(name)

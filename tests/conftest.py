@@ -1,0 +1,28 @@
+"""Strictness for every test: 8 CPU devices, no silent rank promotion, no key used twice."""
+
+import os
+import tempfile
+
+import jax
+import pytest
+
+# one compilation cache for all workers and for the processes that tests start
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "mbrl_jax_tests_xla")
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def lake():
+    """Deterministic FrozenLake, 4x4."""
+    from mbrl_jax import make_env
+
+    return make_env("FrozenLake-misc", is_slippery=False)
