@@ -91,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         if args[0] not in commands:
             raise unknown("command", args[0], commands)
         return commands[args[0]](args[1:])
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     except (InputError, ValueError) as error:
         if not isinstance(error, InputError) and not _from_analysis(error):
             raise
@@ -109,9 +112,11 @@ def _from_analysis(error: BaseException) -> bool:
 def _train(args: list[str]) -> int:
     from mbrl_jax.agents import AGENTS
 
-    if not args or args[0].startswith("-"):
+    if args[:1] in (["-h"], ["--help"]):
         print(f"usage: mbrl-jax train AGENT ...; AGENT: {', '.join(AGENTS)}")
-        return 0 if args[:1] in (["-h"], ["--help"]) else 2
+        return 0
+    if not args or args[0].startswith("-"):
+        raise InputError(f"train: expected an agent first, one of {', '.join(AGENTS)}")
     definition = AGENTS[args[0]]
     preset = definition.config_for(_peek(args, "--env") or "")
     options_type = dataclasses.make_dataclass(
@@ -121,7 +126,8 @@ def _train(args: list[str]) -> int:
         kw_only=True,
     )
     options = _parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
-    _start_backend(options.cpu_devices, options.seeds)
+    _check_processes(options)
+    _start_backend(options.cpu_devices, options.seeds // (options.num_processes or 1))
     if options.coordinator is not None:
         _join(options)
     return _train_with(definition, options)
@@ -237,7 +243,10 @@ def _compare(args: list[str]) -> int:
         for label, table in zip(labels, tables, strict=True)
     }
     ylabel = options.metric.replace("_", " ")
-    paths = plots.learning_curves(curves, options.out, title=worlds[0][0], ylabel=ylabel)
+    try:
+        paths = plots.learning_curves(curves, options.out, title=worlds[0][0], ylabel=ylabel)
+    except OSError as error:
+        raise InputError(f"--out {options.out}: cannot be written: {error.strerror}") from error
     print(f"plot: {', '.join(map(str, paths))}")
     return 0
 
@@ -311,10 +320,26 @@ def _start_backend(cpu_devices: int | None, seeds: int) -> None:
     if cpu_devices is not None and cpu_devices < 1:
         raise InputError(f"--cpu-devices {cpu_devices}: expected 1 or more")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cpu_devices or max(1, min(cores or 1, seeds)))
+    with contextlib.suppress(RuntimeError):  # a program that calls main may have started it
+        jax.config.update("jax_num_cpu_devices", cpu_devices or max(1, min(cores or 1, seeds)))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mbrl_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _check_processes(options: Any) -> None:
+    """Raises InputError unless the options of a run over several processes come together."""
+    count, number = options.num_processes, options.process_id
+    if options.coordinator in (None, "auto"):
+        if count is not None or number is not None:
+            raise InputError("--num-processes, --process-id: expected --coordinator HOST:PORT too")
+        return
+    if not re.fullmatch(r"\S+:\d+", options.coordinator):
+        raise InputError(f"--coordinator {options.coordinator}: expected HOST:PORT, or auto")
+    if count is None or number is None:
+        raise InputError("--coordinator: expected --num-processes and --process-id beside it")
+    if not 0 <= number < count:
+        raise InputError(f"--process-id {number}: expected 0 or more, below {count} processes")
 
 
 def _join(options: Any) -> None:
@@ -323,8 +348,6 @@ def _join(options: Any) -> None:
     if options.coordinator == "auto":
         jax.distributed.initialize()
         return
-    if options.num_processes is None or options.process_id is None:
-        raise InputError("--coordinator: expected --num-processes and --process-id beside it")
     jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
 
 

@@ -178,7 +178,7 @@ def plan_by_priority(
         due = priority[pair] > cfg.theta
         new = target(cfg, q, num_actions, jax.tree.map(lambda x: x[pair], outcomes))
         q = q.at[pair].add(jnp.where(due, alpha * (new - q[pair]), 0.0))
-        priority = priority.at[pair].set(0.0)
+        priority = jnp.where(jnp.arange(q.shape[0]) == pair, 0.0, priority)
         error = jnp.abs(target(cfg, q, num_actions, outcomes) - q)
         queued = tabular.leads_to(model, pair // num_actions) & (error > cfg.theta) & due
         priority = jnp.where(queued, jnp.maximum(priority, error), priority)

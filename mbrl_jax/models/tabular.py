@@ -180,14 +180,16 @@ def _no_visits(num_states: int, num_actions: int) -> Visits:
 def _visit(
     visits: Visits, state: jax.Array, pair: jax.Array, num_actions: int, t: jax.Array
 ) -> Visits:
-    new_pair = visits.count[pair] == 0
-    row = jax.lax.dynamic_slice(visits.count, (state * num_actions,), (num_actions,))
-    new_state = jnp.all(row == 0)
+    # read after the write: a reader of the old table would make XLA copy it
+    count = visits.count.at[pair].add(1.0)
+    new_pair = count[pair] == 1
+    row = jax.lax.dynamic_slice(count, (state * num_actions,), (num_actions,))
+    new_state = jnp.sum(row) == 1
     # an old one is written past the end of the list, where the write is dropped
     pair_slot = jnp.where(new_pair, visits.num_pairs, visits.pairs.shape[0])
     state_slot = jnp.where(new_state, visits.num_states, visits.states.shape[0])
     return Visits(
-        count=visits.count.at[pair].add(1.0),
+        count=count,
         last=visits.last.at[pair].set(t),
         pairs=visits.pairs.at[pair_slot].set(pair, mode="drop"),
         num_pairs=visits.num_pairs + new_pair,

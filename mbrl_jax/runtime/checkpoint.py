@@ -1,19 +1,21 @@
-"""Checkpoints with orbax: whole or absent, the newest three kept, damage found by a digest."""
+"""Checkpoints with orbax: whole or absent, the newest three kept, damage found by digests."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from mbrl_jax.runtime.logs import write_whole
 from mbrl_jax.types import InputError, PyTree
 
 _KEPT = 3
+_DIGESTS = "sha256.json"  # of the files of a checkpoint, beside them
 
 
 class Checkpoints:
@@ -31,6 +33,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             create=write,
             cleanup_tmp_directories=write,  # what a kill has left half-written
+            lightweight_initialize=True,  # damage is for `restore` to tell
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -44,7 +47,8 @@ class Checkpoints:
         Raises InputError where the disk does not take it; earlier checkpoints stay as they are.
         """
         arrays = _arrays(state)
-        about = {"run": self._run, "digest": _digest(arrays), "shapes": _shapes(arrays)}
+        about = {"run": self._run, "shapes": _shapes(arrays)}
+        path = self.folder / str(step)
         try:
             self._manager.save(
                 step,
@@ -53,9 +57,11 @@ class Checkpoints:
                 ),
                 force=True,
             )
+            if jax.process_index() == 0:
+                write_whole(path / _DIGESTS, json.dumps(_digests(path), indent=2))
         except Exception as error:  # orbax and tensorstore raise what they like on a full disk
             raise InputError(
-                f"cannot write checkpoint {self.folder / str(step)}: {_first_line(error)}; "
+                f"cannot write checkpoint {path}: {_first_line(error)}; "
                 "free some space, then go on with --resume"
             ) from error
 
@@ -71,26 +77,20 @@ class Checkpoints:
         mend = f"remove {path} to go on from the checkpoint before it, or start a new --out"
         wanted = _abstract(like)
         try:
-            about = self._manager.restore(
-                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-            )["about"]
-            run, shapes, digest = about["run"], about["shapes"], about["digest"]
+            # before orbax looks, whose threads tell of damage at length
+            _check_digests(path)
+            args = ocp.args.Composite(about=ocp.args.JsonRestore())
+            about = self._manager.restore(step, args=args)["about"]
+            foreign = (about["run"], about["shapes"]) != (self._run, _shapes(wanted))
+            if not foreign:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+                arrays = self._manager.restore(step, args=args)["state"]
         except Exception as error:
             raise InputError(
                 f"checkpoint {path} is damaged: {_first_line(error)}; {mend}"
             ) from error
-        if run != self._run or shapes != _shapes(wanted):
+        if foreign:
             raise InputError(f"checkpoint {path} is of another run; {mend}")
-        try:
-            arrays = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            )["state"]
-        except Exception as error:
-            raise InputError(
-                f"checkpoint {path} is damaged: {_first_line(error)}; {mend}"
-            ) from error
-        if _digest(arrays) != digest:
-            raise InputError(f"checkpoint {path} is damaged: its digest does not agree; {mend}")
         return _rebuild(like, arrays)
 
     def close(self) -> None:
@@ -135,14 +135,24 @@ def _shapes(arrays: dict[str, Any]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
 
 
-def _digest(arrays: dict[str, jax.Array]) -> str:
-    if jax.process_count() > 1:
-        arrays = {n: multihost_utils.process_allgather(x, tiled=True) for n, x in arrays.items()}
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(np.asarray(arrays[name]).tobytes())
-    return digest.hexdigest()
+def _digests(path: Path) -> dict[str, str]:
+    digests = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith(_DIGESTS):
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            digests[str(file.relative_to(path))] = digest
+    return digests
+
+
+def _check_digests(path: Path) -> None:
+    """Raises ValueError where a file is not what was written; a kill may have left no digests."""
+    if not (path / _DIGESTS).exists():
+        return
+    written, found = json.loads((path / _DIGESTS).read_text()), _digests(path)
+    changed = sorted(name for name in written | found if written.get(name) != found.get(name))
+    if changed:
+        raise ValueError(f"{changed[0]} has changed or is missing")
 
 
 def _is_key(leaf: Any) -> bool:

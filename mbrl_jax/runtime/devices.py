@@ -101,9 +101,3 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(jnp.asarray(flag))))
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("mbrl_jax")

@@ -53,9 +53,9 @@ def read_config(out: Path) -> dict[str, Any]:
     """The `run` part of `config.json`; InputError where there is none or it is not ours."""
     path = out / "config.json"
     try:
-        return json.loads(path.read_text())["run"]
-    except FileNotFoundError:
-        raise InputError(f"{out} is no run folder: it has no config.json") from None
+        return dict(json.loads(path.read_text())["run"])
+    except OSError as error:
+        raise InputError(f"{out} is no run folder: {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({error}); start a new --out") from error
 
@@ -77,16 +77,22 @@ class MetricsFile:
     def cut(self, env_steps: int) -> float:
         """Drops rows past `env_steps`, which the checkpoint does not hold; -> wall seconds so far.
 
-        A last row that a kill has cut short goes too.
+        What a kill has cut short goes too: the last row, or the header where no row is kept.
         """
         if not self.path.exists():
             return 0.0
-        header, *rows = list(csv.reader(self.path.read_text().splitlines())) or [[]]
-        whole = [row for row in rows if len(row) == len(header) and int(row[1]) <= env_steps]
-        text = "".join(",".join(row) + "\n" for row in [header, *whole] if row)
-        write_whole(self.path, text)
-        self._columns = header or None
-        return max((float(row[2]) for row in whole), default=0.0)
+        try:
+            header, *rows = list(csv.reader(self.path.read_text().splitlines())) or [[]]
+            kept = [row for row in rows if len(row) == len(header) and int(row[1]) <= env_steps]
+            wall_seconds = max((float(row[2]) for row in kept), default=0.0)
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); mend or remove it") from error
+        if not kept:
+            self.path.unlink()
+            return 0.0
+        write_whole(self.path, "".join(",".join(row) + "\n" for row in [header, *kept]))
+        self._columns = header
+        return wall_seconds
 
     def append(self, env_steps: int, wall_seconds: float, metrics: dict[str, np.ndarray]) -> None:
         """Adds the row of every seed; `metrics` maps names to arrays [num_seeds]."""

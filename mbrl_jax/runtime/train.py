@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +149,8 @@ def make_job(
     for name, value, least in (("seeds", seeds, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
+    if seed >= 2**32:
+        raise InputError(f"seed = {seed}: expected less than 2**32; a key takes in no more bits")
     program = make_program(
         definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
     )
@@ -206,14 +208,11 @@ def _chunks(
 
 def _run_in_memory(job: Job, progress: bool) -> Result:
     plan = job.program.plan
-    display = logs.Display(plan.env_steps(plan.periods - 1), 0, progress)
     rows = []
-    try:
+    with closing(logs.Display(plan.env_steps(plan.periods - 1), 0, progress)) as display:
         for _, state, metrics in _chunks(job, None, 0, display):
             rows.append(metrics)
             learner = state.agent
-    finally:
-        display.close()
     history = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
     env_steps = np.array([plan.env_steps(period) for period in range(plan.periods)])
     return Result(learner, {"env_steps": env_steps, **history})
@@ -224,22 +223,26 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
     from mbrl_jax.runtime.checkpoint import Checkpoints
 
     plan, leader = job.program.plan, jax.process_index() == 0
+    refused = None
     if leader:
-        _prepare(out, job.run, resume)
-    devices.wait_for_all()
+        try:
+            _prepare(out, job.run, resume)
+        except InputError as error:
+            refused = error
+    if devices.any_process(refused is not None):
+        raise refused or InputError(f"process 0 cannot use {out}; its message says why")
     try:
-        checkpoints = Checkpoints(out / "checkpoints", job.run)
-        newest = checkpoints.newest()
-        state = None if newest is None else checkpoints.restore(newest, job.like())
-        first = 0 if newest is None else newest
-        metrics_file = logs.MetricsFile(out)
-        done = plan.env_steps(first - 1) if first else 0
-        before = metrics_file.cut(done) if leader else 0.0
-        start = time.perf_counter()
-        display = logs.Display(plan.env_steps(plan.periods - 1), done, progress and leader)
-        chunks = _chunks(job, state, first, display)
-        with _signals() as received:
-            try:
+        with closing(Checkpoints(out / "checkpoints", job.run)) as checkpoints:
+            newest = checkpoints.newest()
+            state = None if newest is None else checkpoints.restore(newest, job.like())
+            first = 0 if newest is None else newest
+            metrics_file = logs.MetricsFile(out)
+            done = plan.env_steps(first - 1) if first else 0
+            before = metrics_file.cut(done) if leader else 0.0
+            start = time.perf_counter()
+            display = logs.Display(plan.env_steps(plan.periods - 1), done, progress and leader)
+            chunks = _chunks(job, state, first, display)
+            with _signals() as received, closing(display):
                 for period, state, metrics in chunks:
                     if leader:
                         wall = before + time.perf_counter() - start
@@ -248,9 +251,6 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
                     if devices.any_process(bool(received)):
                         signum = received[0] if received else signal.SIGTERM
                         raise Stopped(signum, out, plan.env_steps(period))
-            finally:
-                display.close()
-        checkpoints.close()
         if leader:
             logs.draw_curve(out, job.run["agent"])
     except OSError as error:
@@ -266,16 +266,16 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
 def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
     """Checks that `out` may be written, and writes `config.json` where the run is new."""
     try:
-        # a file that a kill left half-written is nobody's
-        used = out.exists() and (
-            not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())
-        )
-        if resume and (out / "config.json").exists():
+        if (out / "config.json").exists():
+            if not resume:
+                raise InputError(f"{out} holds a run; add --resume to go on, or take another --out")
             _compare(logs.read_config(out), run, out)
             return
-        if used:
-            mend = "take another --out" if resume else "add --resume to go on, or take another"
-            raise InputError(f"{out} holds {'another run' if not resume else 'no run'}; {mend}")
+        # a file that a kill left half-written is nobody's
+        if out.exists() and (
+            not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())
+        ):
+            raise InputError(f"{out} holds other things than a run; take another --out")
         out.mkdir(parents=True, exist_ok=True)
         logs.write_config(out, run)
     except OSError as error:
