@@ -36,6 +36,12 @@ def seed_mesh(num_seeds: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("seed",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that a key does not take in whole."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed = {seed!r}: expected a whole number from 0 to {2**32 - 1}")
+
+
 def put_seeds(keys: jax.Array, mesh: Mesh) -> jax.Array:
     """Keys [num_seeds] with each device's share on it."""
     sharding = NamedSharding(mesh, PartitionSpec("seed"))

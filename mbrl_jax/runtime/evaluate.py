@@ -31,6 +31,7 @@ def evaluate_run(out: Path, episodes: int = 100, seed: int = 0) -> Evaluation:
     """
     if episodes < 1:
         raise InputError(f"episodes = {episodes}: expected 1 or more")
+    devices.check_seed(seed)
     job = load_job(out)
     folder = out / "checkpoints"
     checkpoints = Checkpoints(folder, job.run, write=False) if folder.is_dir() else None

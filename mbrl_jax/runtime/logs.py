@@ -53,7 +53,8 @@ def read_config(out: Path) -> dict[str, Any]:
     """The `run` part of `config.json`; InputError where there is none or it is not ours."""
     path = out / "config.json"
     try:
-        return dict(json.loads(path.read_text())["run"])
+        run = json.loads(path.read_text())["run"]
+        return {**run, "config": dict(run["config"])}
     except OSError as error:
         raise InputError(f"{out} is no run folder: {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -220,22 +220,22 @@ def _train_period(
 
     def one_update(carry, number):
         run, episodes, sums = carry
-        # one draw for the keys of all that happens until the next update
         spu = plan.steps_per_update
-        numbers = jnp.arange(2 * spu + 1, dtype=jnp.uint32)
-        keys = prng.fold_in(period_key, number.astype(jnp.uint32) * numbers.size + numbers)
         start = first + number * spu
+        stream = number.astype(jnp.uint32) * (2 * spu + 1)  # two keys for each step, one to update
 
         def one_step(carry, i):
             run, episodes = carry
-            run, ended = _env_step(agent, env, run, keys[2 * i], keys[2 * i + 1], start + i)
+            counters = stream + 2 * i.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32)
+            act_key, env_key = prng.fold_in(period_key, counters)
+            run, ended = _env_step(agent, env, run, act_key, env_key, start + i)
             return (run, jax.tree.map(jnp.add, episodes, ended)), None
 
         (run, episodes), _ = jax.lax.scan(
             one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32)
         )
-        last = start + plan.steps_per_update - 1
-        learner, metrics = agent.update(run.agent, keys[-1], last)
+        update_key = prng.fold_in(period_key, stream[None] + 2 * spu)[0]
+        learner, metrics = agent.update(run.agent, update_key, start + spu - 1)
         sums = jax.tree.map(jnp.add, sums, metrics)
         return (run._replace(agent=learner), episodes, sums), None
 

@@ -146,11 +146,9 @@ def make_job(
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
     env = make_env(env) if isinstance(env, str) else env
     config = definition.config_for(env.spec.id, **overrides)
-    for name, value, least in (("seeds", seeds, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
-    if seed >= 2**32:
-        raise InputError(f"seed = {seed}: expected less than 2**32; a key takes in no more bits")
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise InputError(f"seeds = {seeds!r}: expected a whole number, 1 or more")
+    devices.check_seed(seed)
     program = make_program(
         definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
     )
@@ -283,14 +281,19 @@ def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    flat_old, flat_new = ({**r, **r.pop("config", {})} for r in (dict(old), dict(new)))
-    for name in sorted(flat_old.keys() | flat_new.keys()):
-        a, b = flat_old.get(name), flat_new.get(name)
+    old, new = _flat(old), _flat(new)
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
         if a != b:
             raise InputError(
                 f"--resume: {name} is {b!r}, but the run in {out} has {a!r}; give the same, or "
                 "take another --out"
             )
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    fields = {f"agent.{name}": value for name, value in run["config"].items()}
+    return fields | {name: value for name, value in run.items() if name != "config"}
 
 
 @contextmanager

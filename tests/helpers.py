@@ -1,0 +1,80 @@
+"""What the tests of runs share: the command line as a process, and what a run folder holds."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from mbrl_jax.runtime.checkpoint import Checkpoints
+from mbrl_jax.runtime.train import load_job
+
+# every program of a short run comes from the compilation cache
+ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start(*args, script=("-m", "mbrl_jax")):
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    )
+
+
+def finish(process, seconds=120):
+    """-> (exit code, stdout, stderr); a process that hangs is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def leaves(tree):
+    """Names to numpy arrays, typed keys as their words."""
+
+    def plain(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return {jax.tree_util.keystr(p): plain(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same(a, b):
+    """Bit for bit; NaNs are equal where their bits are."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def saved(out, step=None):
+    """The whole state in a checkpoint of a run, the newest by default."""
+    job = load_job(out)
+    checkpoints = Checkpoints(out / "checkpoints", job.run, write=False)
+    state = checkpoints.restore(checkpoints.newest() if step is None else step, job.like())
+    checkpoints.close()
+    return state
+
+
+def steps(out):
+    """The finished checkpoints of a run, oldest first."""
+    folder = out / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+
+def rows(out):
+    """metrics.csv as rows of text, without the wall seconds."""
+    with (out / "metrics.csv").open(newline="") as lines:
+        return [row[:2] + row[3:] for row in csv.reader(lines)]
+
+
+def contents(folder):
+    """All files below, with their bytes and times."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
