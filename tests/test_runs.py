@@ -25,8 +25,8 @@ SHORT = {"total_steps": 300, "seeds": 2, "eval_every": 50, "eval_episodes": 2}
 COLUMNS = ["seed", "env_steps", "wall_seconds", "eval_return", "train_return"]
 
 
-def stop_after(periods, monkeypatch, signum=signal.SIGINT):
-    """Sends a signal while period number `periods` is about to be saved."""
+def train_until(periods, *args, signum=signal.SIGINT, **kwargs):
+    """Trains, with a signal while period number `periods` is about to be saved; -> Stopped."""
     update, calls = logs.Display.update, []
 
     def send(self, *args):
@@ -35,7 +35,11 @@ def stop_after(periods, monkeypatch, signum=signal.SIGINT):
         if len(calls) == periods:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(logs.Display, "update", send)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs.Display, "update", send)
+        with pytest.raises(Stopped, match="--resume") as stopped:
+            train(*args, **kwargs)
+    assert stopped.value.signum == signum
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,7 @@ def whole(lake, tmp_path_factory):
 def halves(lake, tmp_path_factory):
     """The same run, stopped after 3 of its 6 periods."""
     out = tmp_path_factory.mktemp("halves") / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_after(3, patch)
-        train("dyna_q", lake, out=out, **SHORT)
+    train_until(3, "dyna_q", lake, out=out, **SHORT)
     return out
 
 
@@ -157,19 +159,17 @@ RUNS = {
 
 
 @pytest.mark.parametrize("agent", RUNS)
-def test_interrupted_and_resumed(agent, tmp_path, monkeypatch):
+def test_interrupted_and_resumed(agent, tmp_path):
     env_id, arguments, fields = RUNS[agent]
     env = make_env(env_id, **arguments)
     run = {**SHORT, "eval_max_steps": 50, **fields}
     train(agent, env, out=tmp_path / "whole", **run)
-    for signum, stop in ((signal.SIGINT, 1), (signal.SIGTERM, 3)):  # of the periods that are left
-        with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume") as stopped:
-            stop_after(stop, patch, signum)
-            train(agent, env, out=tmp_path / "cut", resume=True, **run)
-        assert stopped.value.signum == signum
+    run_on = {"out": tmp_path / "cut", "resume": True, **run}
+    train_until(1, agent, env, **run_on)
+    train_until(3, agent, env, signum=signal.SIGTERM, **run_on)
     assert steps(tmp_path / "cut") == [2, 3, 4]
     assert not (tmp_path / "cut" / "curve.png").exists()
-    result = train(agent, env, out=tmp_path / "cut", resume=True, **run)
+    result = train(agent, env, **run_on)
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     assert_same(result.state, saved(tmp_path / "whole").agent)
     assert (tmp_path / "cut" / "curve.png").exists()
@@ -191,11 +191,9 @@ def test_finished_run_gives_its_history(lake, whole, tmp_path, monkeypatch):
     assert_same_runs(copy, out)
 
 
-def test_signal_handlers_come_back(lake, tmp_path, monkeypatch):
+def test_signal_handlers_come_back(lake, tmp_path):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    stop_after(1, monkeypatch)
-    with pytest.raises(Stopped):
-        train("q_learning", lake, 20, out=tmp_path / "run", eval_every=10, eval_episodes=0)
+    train_until(1, "q_learning", lake, 20, out=tmp_path / "run", eval_every=10, eval_episodes=0)
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -502,8 +500,6 @@ def test_one_trace_in_a_run_and_in_a_resume(lake, tmp_path, monkeypatch):
         counts.append(len(traces))
 
     monkeypatch.setattr(logs.Display, "update", note)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(3, patch)
-        train(definition, lake, out=tmp_path / "run", **SHORT)
+    train_until(3, definition, lake, out=tmp_path / "run", **SHORT)
     train(definition, lake, out=tmp_path / "run", resume=True, **SHORT)
     assert counts == [counts[0]] * 3 + [counts[3]] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class Checkpoints:
         about = {"run": self._run, "shapes": _shapes(arrays)}
         path = self.folder / str(step)
         try:
+            if jax.process_index() == 0:
+                self._make_sure_of_room(sum(leaf.nbytes for leaf in arrays.values()))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -95,6 +98,16 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _make_sure_of_room(self, size: int) -> None:
+        # a full disk found here is one error; within orbax, many threads tell of it at length
+        path = self.folder / "room.partial"
+        try:
+            with path.open("wb") as file:
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _arrays(state: PyTree) -> dict[str, Any]:

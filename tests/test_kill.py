@@ -1,0 +1,102 @@
+"""Signals to a training process: what a checkpoint has finished is never lost."""
+
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+from helpers import assert_same, finish, rows, saved, start, steps
+
+from mbrl_jax import train
+from mbrl_jax.runtime.checkpoint import Checkpoints
+from mbrl_jax.runtime.train import load_job
+
+PERIODS, EVERY, SEEDS = 40, 25, 2
+COMMAND = (
+    f"train dyna_q --env FrozenLake-misc --env-args is_slippery=false --seeds {SEEDS} "
+    f"--total-steps {PERIODS * EVERY} --eval-every {EVERY} --eval-episodes 2 --resume --out"
+).split()
+
+
+@pytest.fixture(scope="module")
+def whole(lake, tmp_path_factory):
+    """The uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train("dyna_q", lake, PERIODS * EVERY, SEEDS, out, eval_every=EVERY, eval_episodes=2)
+    return out
+
+
+def newest(out):
+    return max(steps(out), default=0)
+
+
+def wait_for(out, period, process):
+    """Returns when the checkpoint of `period` is there, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while newest(out) < period and process.poll() is None:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+
+
+def assert_whole(out):
+    """The newest checkpoint restores, and metrics.csv has all rows up to it."""
+    step = newest(out)
+    job = load_job(out)
+    checkpoints = Checkpoints(out / "checkpoints", job.run, write=False)
+    assert checkpoints.newest() == step
+    state = checkpoints.restore(step, job.like())
+    checkpoints.close()
+    np.testing.assert_array_equal(state.agent.step, step * EVERY)
+    header, *table = rows(out)
+    until = [row for row in table if int(row[1]) <= step * EVERY]
+    assert [(int(row[0]), int(row[1])) for row in until] == [
+        (seed, EVERY * (period + 1)) for period in range(step) for seed in range(SEEDS)
+    ]
+    assert {len(row) for row in until} == {len(header)}
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkill(kills, whole, tmp_path):
+    out = tmp_path / "run"
+    dice = random.Random(kills)
+    for kill in range(kills):
+        process = start(*COMMAND, out)
+        # spread over the run, then somewhere in the chunk and the save that follow
+        finished = newest(out)
+        goal = finished if kill == 0 else 1 + kill * (PERIODS - 6) // kills
+        wait_for(out, goal, process)
+        time.sleep(dice.uniform(0, 3.0 if kill == 0 else 0.2))
+        finished = max(finished, newest(out))
+        process.kill()
+        assert finish(process)[0] == -signal.SIGKILL
+        assert newest(out) >= finished
+        if finished:
+            assert_whole(out)
+    code, _, err = finish(start(*COMMAND, out))
+    assert code == 0, err
+    assert rows(out) == rows(whole)
+    assert steps(out) == steps(whole)
+    assert_same(saved(out), saved(whole))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal(signum, code, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(*COMMAND, out)
+    wait_for(out, 2, process)
+    process.send_signal(signum)
+    returned, _, err = finish(process)
+    assert returned == code, err
+    done = newest(out)
+    assert 2 <= done < PERIODS
+    last = err.splitlines()[-1]
+    assert last == (
+        f"stopped by {signal.Signals(signum).name} at step {done * EVERY:,}, saved in {out}; "
+        "go on with the same command and --resume"
+    )
+    assert all(re.match(r"step [\d,]+ of 1,000 \| ", line) for line in err.splitlines()[:-1])
+    assert_whole(out)
+    assert rows(out) == rows(whole)[: 1 + SEEDS * done]
+    assert_same(saved(out), saved(whole, done)) if done in steps(whole) else None
