@@ -13,6 +13,7 @@ import numpy as np
 
 T = TypeVar("T")
 PyTree = Any
+Scalar = float | jax.Array  # a float field of a config, traced or not
 Metrics = dict[str, jax.Array]
 
 
@@ -102,7 +103,7 @@ class EnvSpec:
         return () if self.action_low is None else (len(self.action_low),)
 
 
-def ranged(default: float | int, interval: str) -> Any:
+def ranged(interval: str, *, default: float | int) -> Any:
     """A config field whose values must lie in `interval`, such as "(0, 1]" or "[0, inf)"."""
     return dataclasses.field(default=default, metadata={"interval": interval})
 

@@ -213,7 +213,7 @@ def test_dyna_q_learns_the_optimal_policy_of_every_deterministic_world(id, argum
         q_init=1.0, epsilon=0.3, step_size=1.0, planning_steps=30,
     )  # fmt: skip
     learned = np.asarray(result.state.q).reshape(8, *exact.shape)
-    explored = np.asarray(result.state.model.visits.count).reshape(learned.shape).min(axis=-1) > 0
+    explored = np.asarray(result.state.model.visits.counts).reshape(learned.shape).min(axis=-1) > 0
     assert explored.sum() >= 0.95 * 8 * reached.sum()
     best = exact >= exact.max(axis=-1, keepdims=True) - 1e-9
     greedy = learned >= learned.max(axis=-1, keepdims=True) - 1e-5

@@ -49,7 +49,7 @@ def test_visits_equal_a_python_book(seen):
     )
     assert visits.pairs[: visits.num_pairs].tolist() == first_pairs
     assert visits.states[: visits.num_states].tolist() == first_states
-    assert visits.count.tolist() == [pairs.count(pair) for pair in range(S * A)]
+    assert visits.counts.tolist() == [pairs.count(pair) for pair in range(S * A)]
     last = {pair: t + 1 for t, pair in enumerate(pairs)}
     assert visits.last.tolist() == [last.get(pair, 0) for pair in range(S * A)]
 

@@ -15,13 +15,13 @@ SPEC = EnvSpec("grid", (), "int32", 100, num_obs=16, num_actions=4)
 
 @config
 class Inner:
-    rate: float = ranged(0.5, "(0, 1]")
+    rate: float = ranged("(0, 1]", default=0.5)
 
 
 @config
 class Outer:
-    gamma: float = ranged(0.9, "[0, 1]")
-    width: int = ranged(4, "[1, inf)")
+    gamma: float = ranged("[0, 1]", default=0.9)
+    width: int = ranged("[1, inf)", default=4)
     mode: Literal["a", "b"] = "a"
     flag: bool = False
     inner: Inner = Inner()

@@ -18,7 +18,17 @@ from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.models import tabular
 from mbrl_jax.models.tabular import Model, Outcome, Transition
-from mbrl_jax.types import Agent, EnvSpec, InputError, Metrics, Schedule, Step, config, ranged
+from mbrl_jax.types import (
+    Agent,
+    EnvSpec,
+    InputError,
+    Metrics,
+    Scalar,
+    Schedule,
+    Step,
+    config,
+    ranged,
+)
 
 
 @config
@@ -26,23 +36,23 @@ class Config:
     """Fields annotated float may be vmapped and never recompile."""
 
     # discount factor
-    gamma: float = ranged(0.95, "[0, 1]")
+    gamma: float = ranged("[0, 1]", default=0.95)
     # probability of a random action, moving linearly to epsilon_final over epsilon_steps
-    epsilon: float = ranged(0.1, "[0, 1]")
-    epsilon_final: float = ranged(0.1, "[0, 1]")
+    epsilon: float = ranged("[0, 1]", default=0.1)
+    epsilon_final: float = ranged("[0, 1]", default=0.1)
     # environment steps of the epsilon schedule; 0 keeps epsilon constant
-    epsilon_steps: float = ranged(0.0, "[0, inf)")
+    epsilon_steps: float = ranged("[0, inf)", default=0.0)
     # step size alpha, moving linearly to step_size_final over step_size_steps
-    step_size: float = ranged(0.1, "(0, 1]")
-    step_size_final: float = ranged(0.1, "(0, 1]")
+    step_size: float = ranged("(0, 1]", default=0.1)
+    step_size_final: float = ranged("(0, 1]", default=0.1)
     # environment steps of the step-size schedule; 0 keeps the step size constant
-    step_size_steps: float = ranged(0.0, "[0, inf)")
+    step_size_steps: float = ranged("[0, inf)", default=0.0)
     # initial value of every pair; above the reachable return it is optimistic
     q_init: float = 0.0
     # among equal values: a random one, or the first (which never reaches FrozenLake's goal)
     ties: Literal["random", "first"] = "random"
     # planning updates after each environment step; 0 is plain Q-learning
-    planning_steps: int = ranged(5, "[0, inf)")
+    planning_steps: int = ranged("[0, inf)", default=5)
     # sequential: one after another, as in the book. batched: all targets from one table, where
     # repeated pairs add up (unsafe with step sizes near 1). sweep: every visited pair, from one
     # table, planning_steps times. prioritised: the largest expected change first
@@ -59,15 +69,15 @@ class Config:
     # than rmax_visits times
     bonus: Literal["none", "recency", "recency_action", "mbie_eb", "rmax"] = "none"
     # weight of the recency bonus
-    kappa: float = ranged(1e-3, "[0, inf)")
+    kappa: float = ranged("[0, inf)", default=1e-3)
     # weight of the MBIE-EB bonus
-    beta: float = ranged(0.1, "[0, inf)")
+    beta: float = ranged("[0, inf)", default=0.1)
     # visits after which R-max trusts a pair
-    rmax_visits: int = ranged(1, "[1, inf)")
+    rmax_visits: int = ranged("[1, inf)", default=1)
     # the largest reward of the world, which R-max and MBIE-EB assume of unknown pairs
     reward_max: float = 1.0
     # priorities below this are not queued (prioritised planning)
-    theta: float = ranged(1e-4, "[0, inf)")
+    theta: float = ranged("[0, inf)", default=1e-4)
 
 
 class State(NamedTuple):
@@ -78,14 +88,14 @@ class State(NamedTuple):
     step: jax.Array  # int32, environment steps so far
 
 
-def schedule(start: jax.Array, final: jax.Array, steps: jax.Array, step: jax.Array) -> jax.Array:
+def schedule(start: Scalar, final: Scalar, steps: Scalar, step: jax.Array) -> jax.Array:
     """Linear from `start` to `final` over `steps`; constant at `start` where `steps` is 0."""
     fraction = jnp.where(steps > 0, jnp.clip(step / jnp.maximum(steps, 1.0), 0.0, 1.0), 0.0)
     return start + fraction * (final - start)
 
 
 def select_action(
-    values: jax.Array, epsilon: jax.Array, key: jax.Array, ties: str = "random"
+    values: jax.Array, epsilon: Scalar, key: jax.Array, ties: str = "random"
 ) -> jax.Array:
     """An epsilon-greedy action for `values` [A]; [] int32."""
     coin, pick = prng.uniform(key, 2)
@@ -103,14 +113,14 @@ def target(cfg: Config, q: jax.Array, num_actions: int, outcome: Outcome) -> jax
     """
     plain = tabular.bootstrapped(outcome, q, num_actions, cfg.gamma)
     if cfg.bonus == "mbie_eb":
-        bonus = cfg.beta * jax.lax.rsqrt(jnp.maximum(outcome.count, 1.0))
-        return jnp.where(outcome.count > 0, plain + bonus, optimistic(cfg))
+        bonus = cfg.beta * jax.lax.rsqrt(jnp.maximum(outcome.tries, 1.0))
+        return jnp.where(outcome.tries > 0, plain + bonus, optimistic(cfg))
     if cfg.bonus == "rmax":
-        return jnp.where(outcome.count >= cfg.rmax_visits, plain, optimistic(cfg))
+        return jnp.where(outcome.tries >= cfg.rmax_visits, plain, optimistic(cfg))
     return plain
 
 
-def optimistic(cfg: Config) -> jax.Array:
+def optimistic(cfg: Config) -> Scalar:
     """The value of earning the largest reward for ever, r_max / (1 - gamma)."""
     return cfg.reward_max / jnp.maximum(1.0 - cfg.gamma, 1e-6)
 
@@ -125,7 +135,13 @@ def recall_with_bonus(cfg: Config, model: Model, pairs: jax.Array, t: jax.Array)
 
 
 def plan_at_random(
-    cfg: Config, q: jax.Array, model: Model, num_actions: int, key: jax.Array, t: jax.Array, alpha
+    cfg: Config,
+    q: jax.Array,
+    model: Model,
+    num_actions: int,
+    key: jax.Array,
+    t: jax.Array,
+    alpha: Scalar,
 ) -> jax.Array:
     """`planning_steps` updates of `q` [S*A] from pairs drawn at random.
 
@@ -147,10 +163,10 @@ def plan_at_random(
 
 
 def plan_by_sweeps(
-    cfg: Config, q: jax.Array, model: Model, num_actions: int, t: jax.Array, alpha
+    cfg: Config, q: jax.Array, model: Model, num_actions: int, t: jax.Array, alpha: Scalar
 ) -> jax.Array:
     """`planning_steps` sweeps, each of which updates every planned pair of `q` from one table."""
-    planned = model.visits.count > 0
+    planned = model.visits.counts > 0
     if cfg.sampler == "any_action":
         visited = jnp.any(planned.reshape(-1, num_actions), axis=-1)
         planned = jnp.repeat(visited, num_actions)
@@ -163,7 +179,7 @@ def plan_by_sweeps(
 
 
 def plan_by_priority(
-    cfg: Config, q: jax.Array, priority: jax.Array, model: Model, num_actions: int, alpha
+    cfg: Config, q: jax.Array, priority: jax.Array, model: Model, num_actions: int, alpha: Scalar
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prioritised sweeping (Section 8.4): -> (q, priority, number of updates made).
 
@@ -243,8 +259,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         q, model, seen, priority = state.q, state.model, state.seen, state.priority
         alpha = schedule(cfg.step_size, cfg.step_size_final, cfg.step_size_steps, state.step)
         pair = seen.state * num_actions + seen.action
-        count = model.visits.count[pair]
-        outcome = Outcome(seen.reward, seen.next_state, seen.continues, count)
+        tries = model.visits.counts[pair]
+        outcome = Outcome(seen.reward, seen.next_state, seen.continues, tries)
         if cfg.planning == "prioritised" and cfg.model == "counts":
             outcome = tabular.recall(model, pair)
         error = target(cfg, q, num_actions, outcome) - q[pair]
@@ -254,7 +270,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             q, priority, made = plan_by_priority(cfg, q, priority, model, num_actions, alpha)
         else:
             q = q.at[pair].set(q[pair] + alpha * error, mode="promise_in_bounds")
-            made = 1 + cfg.planning_steps
+            made = jnp.float32(1 + cfg.planning_steps)
             if cfg.planning == "sweep":
                 q = plan_by_sweeps(cfg, q, model, num_actions, t + 1, alpha)
                 made = 1.0 + cfg.planning_steps * model.visits.num_pairs

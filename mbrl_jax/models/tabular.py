@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax import prng
+from mbrl_jax.types import Scalar
 
 
 class Transition(NamedTuple):
@@ -31,13 +32,13 @@ class Outcome(NamedTuple):
     reward: jax.Array  # [...] float32
     next_state: jax.Array | None  # [...] int32; None where there is a distribution
     continues: jax.Array  # [...] 0 where the task ends; or [..., S] successor probabilities
-    count: jax.Array  # [...] float32 visits so far
+    tries: jax.Array  # [...] float32, how often each was tried
 
 
 class Visits(NamedTuple):
     """Which states and pairs were visited, in the order of their first visit."""
 
-    count: jax.Array  # [S*A] float32 visits of each pair
+    counts: jax.Array  # [S*A] float32 visits of each pair
     last: jax.Array  # [S*A] int32 step of the newest visit, 0 before the first
     pairs: jax.Array  # [S*A] int32, the first `num_pairs` are visited
     num_pairs: jax.Array  # int32
@@ -100,20 +101,20 @@ def observe(model: Model, seen: Transition, num_actions: int, t: jax.Array) -> M
 
 def recall(model: Model, pairs: jax.Array) -> Outcome:
     """What the model says of `pairs` (any shape)."""
-    count = model.visits.count[pairs]
+    tries = model.visits.counts[pairs]
     if isinstance(model, LastOutcome):
         row = model.outcome[pairs]
-        return Outcome(row[..., 1], row[..., 0].astype(jnp.int32), row[..., 2], count)
+        return Outcome(row[..., 1], row[..., 0].astype(jnp.int32), row[..., 2], tries)
     num_pairs, num_states = model.successors.shape
     own = pairs // (num_pairs // num_states)
-    once = jnp.maximum(count, 1.0)
+    once = jnp.maximum(tries, 1.0)
     tried = model.successors[pairs] / once[..., None]
     untried = jax.nn.one_hot(own, num_states)
-    continues = jnp.where(count[..., None] > 0, tried, untried)
-    return Outcome(model.reward_sum[pairs] / once, None, continues, count)
+    continues = jnp.where(tries[..., None] > 0, tried, untried)
+    return Outcome(model.reward_sum[pairs] / once, None, continues, tries)
 
 
-def bootstrapped(outcome: Outcome, q: jax.Array, num_actions: int, gamma: jax.Array) -> jax.Array:
+def bootstrapped(outcome: Outcome, q: jax.Array, num_actions: int, gamma: Scalar) -> jax.Array:
     """reward + gamma * E[max_a q(s', a)], 0 where the task ends; `q` is flat, [S*A]."""
     if outcome.next_state is not None and outcome.next_state.ndim == 0:
         start = (outcome.next_state * num_actions,)
@@ -132,7 +133,7 @@ def leads_to(model: Model, state: jax.Array) -> jax.Array:
     if isinstance(model, Counts):
         return model.successors[:, state] > 0
     arrives = model.outcome[:, 0].astype(jnp.int32) == state
-    return arrives & (model.outcome[:, 2] > 0) & (model.visits.count > 0)
+    return arrives & (model.outcome[:, 2] > 0) & (model.visits.counts > 0)
 
 
 def sample_pairs(
@@ -154,7 +155,7 @@ def sample_pairs(
     state = visits.states[jnp.minimum(slot, visits.num_states - 1)]
     if sampler == "any_action":
         return state * num_actions + (draws[1] * num_actions).astype(jnp.int32)
-    tried = visits.count.reshape(-1, num_actions)[state] > 0
+    tried = visits.counts.reshape(-1, num_actions)[state] > 0
     return state * num_actions + choose(tried, draws[1])
 
 
@@ -168,7 +169,7 @@ def choose(mask: jax.Array, uniform: jax.Array) -> jax.Array:
 def _no_visits(num_states: int, num_actions: int) -> Visits:
     pairs = num_states * num_actions
     return Visits(
-        count=jnp.zeros(pairs),
+        counts=jnp.zeros(pairs),
         last=jnp.zeros(pairs, jnp.int32),
         pairs=jnp.zeros(pairs, jnp.int32),
         num_pairs=jnp.int32(0),
@@ -181,15 +182,15 @@ def _visit(
     visits: Visits, state: jax.Array, pair: jax.Array, num_actions: int, t: jax.Array
 ) -> Visits:
     # read after the write: a reader of the old table would make XLA copy it
-    count = visits.count.at[pair].add(1.0)
-    new_pair = count[pair] == 1
-    row = jax.lax.dynamic_slice(count, (state * num_actions,), (num_actions,))
+    counts = visits.counts.at[pair].add(1.0)
+    new_pair = counts[pair] == 1
+    row = jax.lax.dynamic_slice(counts, (state * num_actions,), (num_actions,))
     new_state = jnp.sum(row) == 1
     # an old one is written past the end of the list, where the write is dropped
     pair_slot = jnp.where(new_pair, visits.num_pairs, visits.pairs.shape[0])
     state_slot = jnp.where(new_state, visits.num_states, visits.states.shape[0])
     return Visits(
-        count=count,
+        counts=counts,
         last=visits.last.at[pair].set(t),
         pairs=visits.pairs.at[pair_slot].set(pair, mode="drop"),
         num_pairs=visits.num_pairs + new_pair,

@@ -258,7 +258,7 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
         ) from error
     history = runs.read_run(out)
     history = {name: column for name, column in history.items() if name != "seed"}
-    return Result(state.agent, history)
+    return Result(state.agent, history)  # type: ignore[union-attr]  # restored, or run
 
 
 def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:

@@ -1,0 +1,119 @@
+"""The experiments at a tiny size: their files are whole, their numbers are possible."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import dyna_frozenlake
+import dyna_mazes
+from common import per_episode
+
+nan = np.nan
+
+
+def saved(out, name, figures):
+    """The tables of `name`.json, once its figures and its record are checked."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    for figure in figures:
+        assert (out / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        for suffix in ("png", "svg"):
+            assert 5_000 < (out / f"{figure}.{suffix}").stat().st_size < 200_000
+    whole = json.loads((out / f"{name}.json").read_text(), parse_constant=refuse)
+    assert {"versions", "device", "date", "command", "wall_seconds"} <= whole["made"].keys()
+    assert whole["made"]["settings"]["seeds"] > 0
+    for rows in whole["tables"].values():
+        for row in rows.values():
+            for cell in row.values():
+                assert isinstance(cell, int | float) or cell["low"] <= cell["point"] <= cell["high"]
+    return whole["tables"]
+
+
+def test_episodes_from_steps():
+    history = {
+        "train_episodes": np.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1], [0] * 6], np.float32),
+        "train_length": np.array(
+            [[nan, 2, nan, nan, 3, 1], [nan, nan, nan, nan, nan, 6], [nan] * 6], np.float32
+        ),
+    }
+    expected = [[2, 3], [6, nan], [nan, nan]]
+    np.testing.assert_array_equal(per_episode(history, "train_length", 2), expected)
+    assert per_episode(history, "train_length", 5)[0].tolist()[:3] == [2, 3, 1]
+
+
+def test_episodes_after_the_first_goal():
+    success = np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]], float)
+    after = dyna_frozenlake.after_first_goal(success, 3)
+    np.testing.assert_array_equal(after, [[1, 0, 1], [nan, nan, nan], [0, nan, nan]])
+    episodes, rates = dyna_frozenlake.binned(np.arange(8.0).reshape(2, 4), 2)
+    assert episodes.tolist() == [2, 4]
+    assert rates.tolist() == [[0.5, 2.5], [4.5, 6.5]]
+
+
+def test_frozenlake(tmp_path):
+    tables = dyna_frozenlake.main(seeds=4, out=tmp_path, planning=(5,))
+    plain = saved(tmp_path, "dyna_frozenlake", ["dyna_frozenlake", "dyna_frozenlake_after_goal"])
+    row = tables["FrozenLake 4x4, not slippery"]["n = 5"]
+    assert row["success in the 10 episodes after it"].point > 0.3
+    assert row["success in the last 100 episodes"].point > 0.8
+    assert row["seeds with all these episodes"] == 4
+    assert plain["exact"]["random walk"]["success of an episode"] == pytest.approx(0.0139, abs=5e-5)
+    with pytest.raises(SystemExit, match=r"fewer than 500 episodes in 300 steps"):
+        dyna_frozenlake.main(seeds=2, out=tmp_path, total_steps=300, planning=(5,))
+
+
+def test_dyna_maze(tmp_path):
+    dyna_mazes.fig8_2(tmp_path, seeds=4, planning={0: 14_000, 5: 8_000})
+    tables = saved(tmp_path, "fig8_2", ["fig8_2"])
+    plain, planned = tables["Figure 8.2, steps per episode"].values()
+    assert planned["last 10"]["point"] == pytest.approx(16.7, abs=1.5)
+    assert planned["episode 3"]["point"] < plain["episode 3"]["point"]
+    assert plain["seeds with episodes missing"] == planned["seeds with episodes missing"] == 0
+    exact = {name: row["steps per episode"] for name, row in tables["exact"].items()}
+    assert exact["random walk"] == pytest.approx(869, abs=0.5)
+    assert exact["ε-greedy optimum"] == pytest.approx(15.88, abs=5e-3)
+    assert exact["optimum"] == pytest.approx(14)
+
+
+def test_prioritised_sweeping(tmp_path):
+    dyna_mazes.sweeping(tmp_path, seeds=8, budgets={1: 3000})
+    (row,) = saved(tmp_path, "sweeping", ["sweeping"]).popitem()[1].values()
+    assert row["prioritised sweeping: seeds solved"]["point"] > 0.5
+    updates, steps = (row[f"Dyna-Q: {what}"] for what in ("updates", "environment steps"))
+    assert updates["point"] == pytest.approx(6 * steps)
+    # no step makes more updates than it has planning steps
+    sweeps = row["prioritised sweeping: updates"]["point"]
+    assert 0 < sweeps <= 5 * row["prioritised sweeping: environment steps"]
+
+
+def test_moving_maze_from_the_command_line(tmp_path):
+    command = [sys.executable, EXPERIMENTS / "dyna_mazes.py", "--only", "fig8_4", "--seeds", "8"]
+    done = subprocess.run(
+        [*command, "--out", "results"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Dyna-Q+" in done.stdout
+    out = tmp_path / "results"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "fig8_4.json",
+        "fig8_4.png",
+        "fig8_4.svg",
+    ]
+    tables = saved(out, "fig8_4", ["fig8_4"])
+    rows = tables["Figure 8.4: blocking maze, cumulative reward"]
+    assert list(rows) == list(dyna_mazes.BONUS)
+    for row in rows.values():
+        assert 0 < row["reward at the switch"]["point"] < 89
+        assert row["reward at the switch"]["point"] <= row["at the end"]["point"] < 201
+    exact = tables["exact ε-greedy optimum"]
+    assert exact["before"]["reward per 1000 steps"] == pytest.approx(88.8, abs=0.05)
+    assert exact["after"]["reward per 1000 steps"] == pytest.approx(55.8, abs=0.05)
