@@ -53,30 +53,35 @@ def test_figure_8_2(fig8_2, n, first, within, second):
 
 
 def test_figure_8_4_blocking_maze(tmp_path):
-    row = rows(dyna_mazes.fig8_4(tmp_path, SEEDS))
-    end = {name: cells["at the end"] for name, cells in row.items()}
-    assert_close(end["Dyna-Q"], 77.3, 2.5)
-    assert_close(end["Dyna-Q+, κ = 1e-4"], 133.8, 0.9)
-    assert_close(end["Dyna-Q+, κ = 1e-3"], 141.2, 0.6)
-    assert_close(end["Exercise 8.4, κ = 1e-3"], 94.3, 1.7)
-    assert end["Dyna-Q"].high < end["Dyna-Q+, κ = 1e-4"].low
-    late = {name: cells["in the last 500 steps"] for name, cells in row.items()}
-    assert_close(late["Dyna-Q"], 11.3, 0.8)
-    assert_close(late["Dyna-Q+, κ = 1e-4"], 26.6, 0.2)
+    plain, plus = rows(dyna_mazes.fig8_4(tmp_path, SEEDS, ("Dyna-Q", "Dyna-Q+, κ = 1e-4"))).values()
+    assert_close(plain["at the end"], 77.3, 2.5)
+    assert_close(plus["at the end"], 133.8, 0.9)
+    assert plain["at the end"].high < plus["at the end"].low
+    # at the end Dyna-Q+ takes the new way (at most 27.9); most of Dyna-Q's seeds have not found it
+    assert_close(plain["in the last 500 steps"], 11.3, 0.8)
+    assert_close(plus["in the last 500 steps"], 26.6, 0.2)
 
 
 def test_figure_8_5_shortcut_maze(tmp_path):
-    row = rows(dyna_mazes.fig8_5(tmp_path, SEEDS))
-    end = {name: cells["at the end"] for name, cells in row.items()}
-    assert_close(end["Dyna-Q"], 289.5, 2.6)
-    assert_close(end["Dyna-Q+, κ = 1e-3"], 363.9, 0.7)
-    assert_close(end["Dyna-Q+, κ = 1e-4"], 316.2, 0.5)
-    assert_close(end["Exercise 8.4, κ = 1e-3"], 301.2, 1.0)
-    assert end["Dyna-Q"].high < end["Dyna-Q+, κ = 1e-3"].low
-    # whose greedy path takes the shortcut: 1 % and 84 % of the seeds
-    taken = {name: cells["greedy path is shortest at the end"] for name, cells in row.items()}
-    assert taken["Dyna-Q"].point <= 0.05
-    assert 0.7 <= taken["Dyna-Q+, κ = 1e-3"].point <= 0.95
+    plain, plus = rows(dyna_mazes.fig8_5(tmp_path, SEEDS, ("Dyna-Q", "Dyna-Q+, κ = 1e-3"))).values()
+    assert_close(plain["at the end"], 289.5, 2.6)
+    assert_close(plus["at the end"], 363.9, 0.7)
+    assert plain["at the end"].high < plus["at the end"].low
+    # the greedy path takes the shortcut in 1 % and 84 % of the seeds
+    assert plain["greedy path is shortest at the end"].point <= 0.05
+    assert 0.7 <= plus["greedy path is shortest at the end"].point <= 0.95
+
+
+@pytest.mark.slow
+def test_other_bonuses_in_the_moving_mazes(tmp_path):
+    for figure, agent, end, end_error in (
+        (dyna_mazes.fig8_4, "Dyna-Q+, κ = 1e-3", 141.2, 0.6),
+        (dyna_mazes.fig8_4, "Exercise 8.4, κ = 1e-3", 94.3, 1.7),
+        (dyna_mazes.fig8_5, "Dyna-Q+, κ = 1e-4", 316.2, 0.5),
+        (dyna_mazes.fig8_5, "Exercise 8.4, κ = 1e-3", 301.2, 1.0),
+    ):
+        (row,) = rows(figure(tmp_path, SEEDS, (agent,))).values()
+        assert_close(row["at the end"], end, end_error)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import dyna_frozenlake
 import dyna_mazes
@@ -59,16 +58,27 @@ def test_episodes_after_the_first_goal():
     assert rates.tolist() == [[0.5, 2.5], [4.5, 6.5]]
 
 
-def test_frozenlake(tmp_path):
-    tables = dyna_frozenlake.main(seeds=4, out=tmp_path, planning=(5,))
-    plain = saved(tmp_path, "dyna_frozenlake", ["dyna_frozenlake", "dyna_frozenlake_after_goal"])
-    row = tables["FrozenLake 4x4, not slippery"]["n = 5"]
-    assert row["success in the 10 episodes after it"].point > 0.3
-    assert row["success in the last 100 episodes"].point > 0.8
+def test_frozenlake_from_the_command_line(tmp_path):
+    command = [sys.executable, dyna_frozenlake.__file__, "--seeds", "4", "--planning", "5"]
+    done = subprocess.run(
+        [*command, "--out", "results"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "first goal episode" in done.stdout
+    figures = ["dyna_frozenlake", "dyna_frozenlake_after_goal"]
+    tables = saved(tmp_path / "results", "dyna_frozenlake", figures)
+    assert len(list((tmp_path / "results").iterdir())) == 5
+    (row,) = tables["FrozenLake 4x4, not slippery"].values()
+    assert row["success in the 10 episodes after it"]["point"] > 0.3
+    assert row["success in the last 100 episodes"]["point"] > 0.8
     assert row["seeds with all these episodes"] == 4
-    assert plain["exact"]["random walk"]["success of an episode"] == pytest.approx(0.0139, abs=5e-5)
-    with pytest.raises(SystemExit, match=r"fewer than 500 episodes in 300 steps"):
-        dyna_frozenlake.main(seeds=2, out=tmp_path, total_steps=300, planning=(5,))
+    luck = tables["exact"]["random walk"]["success of an episode"]
+    assert luck == pytest.approx(0.0139, abs=5e-5)
+
+
+def test_too_few_steps_for_the_episodes(tmp_path):
+    with pytest.raises(SystemExit, match=r"2 of 2 seeds had fewer than 500 episodes in 300 steps"):
+        dyna_frozenlake.main(seeds=2, out=tmp_path, total_steps=300, planning=(0,))
 
 
 def test_dyna_maze(tmp_path):
@@ -95,23 +105,10 @@ def test_prioritised_sweeping(tmp_path):
     assert 0 < sweeps <= 5 * row["prioritised sweeping: environment steps"]
 
 
-def test_moving_maze_from_the_command_line(tmp_path):
-    command = [sys.executable, EXPERIMENTS / "dyna_mazes.py", "--only", "fig8_4", "--seeds", "8"]
-    done = subprocess.run(
-        [*command, "--out", "results"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Dyna-Q+" in done.stdout
-    out = tmp_path / "results"
-    assert sorted(path.name for path in out.iterdir()) == [
-        "fig8_4.json",
-        "fig8_4.png",
-        "fig8_4.svg",
-    ]
-    tables = saved(out, "fig8_4", ["fig8_4"])
-    rows = tables["Figure 8.4: blocking maze, cumulative reward"]
-    assert list(rows) == list(dyna_mazes.BONUS)
-    for row in rows.values():
+def test_moving_maze(tmp_path):
+    dyna_mazes.fig8_4(tmp_path, seeds=8, agents=("Dyna-Q", "Dyna-Q+, κ = 1e-3"))
+    tables = saved(tmp_path, "fig8_4", ["fig8_4"])
+    for row in tables["Figure 8.4: blocking maze, cumulative reward"].values():
         assert 0 < row["reward at the switch"]["point"] < 89
         assert row["reward at the switch"]["point"] <= row["at the end"]["point"] < 201
     exact = tables["exact ε-greedy optimum"]
