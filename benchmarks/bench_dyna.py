@@ -28,6 +28,15 @@ import numpy as np
 ALPHA, GAMMA, EPSILON, LIMIT = 0.1, 0.99, 0.1, 100
 
 
+def tables(env) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """A deterministic world as successors [S, A], rewards [S, A], ends [S, A] and its start."""
+    from mbrl_jax import envs
+
+    exact = envs.tabular(env)
+    ends = exact.terminates.sum(axis=-1) > 0.5
+    return exact.transition.argmax(axis=-1), exact.reward, ends, int(exact.start.argmax())
+
+
 def textbook(world: tuple[np.ndarray, ...], n: int, steps: int, seed: int) -> np.ndarray:
     """Tabular Dyna-Q for `steps` environment steps; returns the action values."""
     successor, reward, ends, start = world
@@ -99,17 +108,11 @@ def main() -> None:
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
 
-    from mbrl_jax import envs, make_env
+    from mbrl_jax import make_env
     from mbrl_jax.runtime.logs import describe_machine
 
     env = make_env("FrozenLake-misc", is_slippery=False)
-    exact = envs.tabular(env)
-    world = (
-        exact.transition.argmax(axis=-1),
-        exact.reward,
-        exact.terminates.sum(axis=-1) > 0.5,
-        int(exact.start.argmax()),
-    )
+    world = tables(env)
     rows = []
     for n, book_steps, our_steps in ((0, 40_000, 20_000), (5, 10_000, 10_000), (50, 1_500, 2_000)):
         if args.quick:

@@ -31,8 +31,20 @@ def describe_machine() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cpus": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """How this process was called, as it would be from the same folder elsewhere."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return "python -m mbrl_jax"
+    if path.suffix != ".py":
+        return path.name
+    here = Path.cwd()
+    path = path.resolve()
+    return f"python {path.relative_to(here) if path.is_relative_to(here) else path.name}"
 
 
 def config_fields(config: Any) -> dict[str, Any]:
