@@ -56,9 +56,10 @@ def textbook(world: tuple[np.ndarray, ...], n: int, steps: int, seed: int) -> np
         following, r, end = successor[state][action], reward[state][action], ends[state][action]
         goal = r if end else r + GAMMA * q[following].max()
         q[state, action] += ALPHA * (goal - q[state, action])
-        if (state, action) not in model:
-            visited.append((state, action))
-        model[state, action] = (r, following, end)
+        if n:  # Q-learning needs no model
+            if (state, action) not in model:
+                visited.append((state, action))
+            model[state, action] = (r, following, end)
         for _ in range(n):
             s, a = visited[int(rng.random() * len(visited))]
             r_model, s_model, end_model = model[s, a]

@@ -220,6 +220,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     if config.planning == "prioritised" and config.bonus in ("recency", "recency_action"):
         raise InputError("planning='prioritised' has no recency bonus; use bonus='none'")
     cfg, num_states, num_actions = config, spec.num_obs, spec.num_actions
+    learns_model = cfg.planning_steps > 0 or cfg.bonus != "none"
 
     def init(key: jax.Array) -> State:
         first = optimistic(cfg) if cfg.bonus in ("rmax", "mbie_eb") else cfg.q_init
@@ -252,8 +253,10 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         # the one environment of the schedule
         obs, action, reward, next_obs, terminated, *_ = jax.tree.map(lambda x: x[0], step)
         seen = Transition(obs, action, reward, next_obs, 1.0 - terminated)
-        model = tabular.observe(state.model, seen, num_actions, t + 1)
-        return state._replace(model=model, seen=seen, step=jnp.asarray(t + 1, jnp.int32))
+        state = state._replace(seen=seen, step=jnp.asarray(t + 1, jnp.int32))
+        if not learns_model:
+            return state
+        return state._replace(model=tabular.observe(state.model, seen, num_actions, t + 1))
 
     def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
         q, model, seen, priority = state.q, state.model, state.seen, state.priority
