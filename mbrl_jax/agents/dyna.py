@@ -83,7 +83,7 @@ class Config:
 class State(NamedTuple):
     q: jax.Array  # [S*A] float32 action values; pair = state * A + action
     model: Model
-    priority: jax.Array  # [S*A] float32, the queue of prioritised planning; else [0]
+    priority: jax.Array | None  # [S*A] float32, the queue; only with prioritised planning
     seen: Transition  # the newest transition
     step: jax.Array  # int32, environment steps so far
 
@@ -230,7 +230,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         return State(
             q=jnp.full(pairs, first, jnp.float32),
             model=empty(num_states, num_actions),
-            priority=jnp.zeros(pairs if cfg.planning == "prioritised" else 0),
+            # None and not an empty array, at which XLA of JAX 0.11 fails with several devices
+            priority=jnp.zeros(pairs) if cfg.planning == "prioritised" else None,
             seen=Transition(zero, zero, jnp.float32(0), zero, jnp.float32(0)),
             step=zero,
         )
@@ -267,7 +268,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         if cfg.planning == "prioritised" and cfg.model == "counts":
             outcome = tabular.recall(model, pair)
         error = target(cfg, q, num_actions, outcome) - q[pair]
-        if cfg.planning == "prioritised":
+        if priority is not None:
             urgent = jnp.where(jnp.abs(error) > cfg.theta, jnp.abs(error), 0.0)
             priority = priority.at[pair].max(urgent)
             q, priority, made = plan_by_priority(cfg, q, priority, model, num_actions, alpha)
