@@ -10,7 +10,6 @@ import pytest
 from mbrl_jax.envs.classic import ContinuousCartPole, MountainCarContinuous, register_with_gymnax
 from mbrl_jax.envs.functions import KNOWN
 
-KEY = jax.random.key(0)
 MOUNTAIN_CAR_LOW = np.array([-1.2, -0.07], np.float32)
 MOUNTAIN_CAR_HIGH = np.array([0.6, 0.07], np.float32)
 
@@ -47,13 +46,15 @@ def random_transitions(env, env_id, count):
     else:
         actions = rng.uniform(-3, 3, (count, 1)).astype(np.float32)
 
-    def step(values, action):
-        _, first = env.reset_env(KEY, params)
+    def step(key, values, action):
+        reset_key, step_key = jax.random.split(key)
+        _, first = env.reset_env(reset_key, params)
         state = first.replace(**dict(zip(names, values, strict=True)))
-        next_obs, _, reward, terminated, _ = env.step_env(KEY, state, action, params)
+        next_obs, _, reward, terminated, _ = env.step_env(step_key, state, action, params)
         return env.get_obs(state), action, next_obs, reward, terminated
 
-    return jax.jit(jax.vmap(step))(jnp.array(values), jnp.array(actions))
+    keys = jax.random.split(jax.random.key(0), count)
+    return jax.jit(jax.vmap(step))(keys, jnp.array(values), jnp.array(actions))
 
 
 @pytest.mark.parametrize("env_id", KNOWN)
@@ -94,11 +95,13 @@ def test_continuous_cartpole_matches_gymnasium():
         theirs.state, theirs.steps_beyond_terminated = values, None
         theirs.force_mag = 10.0 * np.clip(action[0], -1, 1)
         want, want_reward, want_end, *_ = theirs.step(1)
-        _, state = env.reset_env(KEY, env.default_params)
+        _, state = env.reset_env(jax.random.key(0), env.default_params)
         state = state.replace(
             **dict(zip(("x", "x_dot", "theta", "theta_dot"), values, strict=True))
         )
-        obs, _, reward, end, _ = step(KEY, state, jnp.float32(action), env.default_params)
+        obs, _, reward, end, _ = step(
+            jax.random.key(1), state, jnp.float32(action), env.default_params
+        )
         np.testing.assert_allclose(obs, want, atol=1e-5)
         assert reward == want_reward == 1.0
         assert end == want_end
@@ -108,11 +111,11 @@ def test_continuous_cartpole_matches_gymnasium():
 
 def test_the_ends_of_continuous_cartpole_are_cartpole():
     env, discrete = ContinuousCartPole(), gymnax.make("CartPole-v1")[0]
-    _, state = discrete.reset_env(KEY, discrete.default_params)
+    _, state = discrete.reset_env(jax.random.key(0), discrete.default_params)
     for action in (0, 1):
-        want, *_ = discrete.step_env(KEY, state, action, discrete.default_params)
+        want, *_ = discrete.step_env(jax.random.key(1), state, action, discrete.default_params)
         push = jnp.array([2.0 * action - 1.0])
-        got, *_ = env.step_env(KEY, state, push, env.default_params)
+        got, *_ = env.step_env(jax.random.key(1), state, push, env.default_params)
         np.testing.assert_allclose(got, want, atol=1e-7)
 
 
@@ -129,9 +132,9 @@ def test_mountain_car_continuous_matches_gymnasium():
         action = rng.uniform(-1.5, 1.5, 1).astype(np.float32)
         theirs.state = start.copy()
         want, want_reward, want_end, *_ = theirs.step(action)
-        _, state = env.reset_env(KEY, env.default_params)
+        _, state = env.reset_env(jax.random.key(0), env.default_params)
         state = state.replace(position=jnp.array(start[0]), velocity=jnp.array(start[1]))
-        obs, _, reward, end, _ = step(KEY, state, action, env.default_params)
+        obs, _, reward, end, _ = step(jax.random.key(1), state, action, env.default_params)
         np.testing.assert_allclose(obs, want, atol=1e-6)
         np.testing.assert_allclose(reward, want_reward, atol=1e-5)
         assert end == want_end
@@ -148,11 +151,12 @@ def test_mountain_car_bounces_off_the_wall_as_gymnasium_does():
     starts = np.array([-0.58, -0.52, -0.47, -0.42], np.float32)
 
     def episode(position):
-        _, state = env.reset_env(KEY, params)
+        _, state = env.reset_env(jax.random.key(0), params)
 
         def step(state):
             action = jnp.where(state.velocity > 0, 1.0, -1.0)
-            return env.step_env(KEY, state, action, params)[1]
+            key = jax.random.fold_in(jax.random.key(1), state.time)
+            return env.step_env(key, state, action, params)[1]
 
         first = state.replace(position=position, time=jnp.int32(0))
         return jax.lax.while_loop(lambda s: ~env.is_terminated(s, params), step, first).time
@@ -177,18 +181,21 @@ def test_gymnax_loop(env):
     assert env.num_actions == 1
 
     def run(key):
-        _, state = env.reset(key, params)
+        key, reset_key = jax.random.split(key)
+        _, state = env.reset(reset_key, params)
 
-        def step(state, key):
-            out = env.step(key, state, space.sample(key), params)
-            return out[1], (out[0], *out[2:5])
+        def step(carry, _):
+            key, step_key, action_key = jax.random.split(carry[0], 3)
+            out = env.step(step_key, carry[1], space.sample(action_key), params)
+            return (key, out[1]), (out[0], *out[2:5])
 
-        return jax.lax.scan(step, state, jax.random.split(key, 100))[1]
+        return jax.lax.scan(step, (key, state), length=100)[1]
 
-    obs, reward, terminated, truncated = jax.jit(jax.vmap(run))(jax.random.split(KEY, 4))
+    keys = jax.random.split(jax.random.key(0), 4)
+    obs, reward, terminated, truncated = jax.jit(jax.vmap(run))(keys)
     assert obs.dtype == reward.dtype == jnp.float32
     assert obs.shape[:2] == reward.shape == terminated.shape == (4, 100)
-    assert env.observation_space(params).contains(obs)
+    assert jax.vmap(jax.vmap(env.observation_space(params).contains))(obs).all()
     assert (terminated | truncated).any()
 
 
@@ -201,9 +208,9 @@ def test_names_and_limits():
 
 def test_mountain_car_offers_transition_gradients():
     env = MountainCarContinuous().with_transition_gradients()
-    _, state = env.reset_env(KEY, env.default_params)
+    _, state = env.reset_env(jax.random.key(0), env.default_params)
 
     def velocity(action):
-        return env.step_env(KEY, state, action, env.default_params)[0][1]
+        return env.step_env(jax.random.key(1), state, action, env.default_params)[0][1]
 
     assert jax.grad(velocity)(0.5) == pytest.approx(env.default_params.power)

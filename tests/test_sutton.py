@@ -16,7 +16,6 @@ DYNA_WALLS = {(1, 2), (2, 2), (3, 2), (4, 5), (0, 7), (1, 7), (2, 7)}
 LEFT_BARRIER = {(3, col) for col in range(8)}
 RIGHT_BARRIER = {(3, col) for col in range(1, 9)}
 MIDDLE_BARRIER = {(3, col) for col in range(1, 8)}
-KEY = jax.random.key(0)
 
 # class, start, walls before and after the switch
 MAZES = {
@@ -48,11 +47,13 @@ def walk(actions, start, before, after, switch, limit):
 def drive(env, state, actions, params):
     """The states and the moves along a row of actions, without reset."""
 
-    def move(state, action):
-        obs, state, reward, terminated, _ = env.step_env(KEY, state, action, params)
+    def move(state, row):
+        key, action = row
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, params)
         return state, (obs, reward, terminated)
 
-    return jax.jit(lambda state: jax.lax.scan(move, state, jnp.array(actions)))(state)
+    rows = jax.random.split(jax.random.key(1), len(actions)), jnp.array(actions)
+    return jax.jit(lambda state, rows: jax.lax.scan(move, state, rows))(state, rows)
 
 
 @pytest.mark.parametrize("name", MAZES)
@@ -78,15 +79,20 @@ def test_random_walks_match_a_plain_walker(name):
     actions = np.random.default_rng(0).integers(0, 4, (3, 3000))
 
     def run(key, actions):
-        obs, state = env.reset(key, params)
+        key, reset_key = jax.random.split(key)
+        obs, state = env.reset(reset_key, params)
 
-        def step(state, action):
-            obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
-            return state, (info["final_observation"], reward, terminated, truncated, obs)
+        def step(carry, action):
+            key, step_key = jax.random.split(carry[0])
+            out = env.step(step_key, carry[1], action, params)
+            obs, state, reward, terminated, truncated, info = out
+            seen = (info["final_observation"], reward, terminated, truncated, obs)
+            return (key, state), seen
 
-        return obs, *jax.lax.scan(step, state, actions)
+        (_, last), seen = jax.lax.scan(step, (key, state), actions)
+        return obs, last, seen
 
-    keys = jax.random.split(KEY, len(actions))
+    keys = jax.random.split(jax.random.key(0), len(actions))
     first, last, seen = jax.jit(jax.vmap(run))(keys, jnp.array(actions))
     assert (first == start[0] * COLS + start[1]).all()
     for i, row in enumerate(actions):
@@ -104,12 +110,12 @@ def test_walls_move_after_exactly_switch_step_steps(maze, switch):
     env = maze()
     params = env.default_params
     assert params.switch_step == switch
-    _, state = env.reset_env(KEY, params)
+    _, state = env.reset_env(jax.random.key(0), params)
     below_opening = state.replace(position=jnp.int32(4 * COLS + 8))  # (4, 8), under (3, 8)
     inside = []
     for clock in (switch - 1, switch):
         ready = below_opening.replace(clock=jnp.int32(clock))
-        obs, after, *_ = env.step_env(KEY, ready, UP, params)
+        obs, after, *_ = env.step_env(jax.random.key(1), ready, UP, params)
         assert after.clock == clock + 1
         inside.append(int(obs) == 3 * COLS + 8)
     assert inside == ([True, False] if maze is BlockingMaze else [False, True])
@@ -118,15 +124,15 @@ def test_walls_move_after_exactly_switch_step_steps(maze, switch):
 def test_clock_runs_on_through_resets():
     env = BlockingMaze()
     params = env.default_params.replace(max_steps_in_episode=3, switch_step=7)
-    _, state = env.reset(KEY, params)
+    _, state = env.reset(jax.random.key(0), params)
     clocks, times = [], []
-    for _ in range(8):
-        _, state, *_ = env.step(KEY, state, DOWN, params)
+    for key in jax.random.split(jax.random.key(1), 8):
+        _, state, *_ = env.step(key, state, DOWN, params)
         clocks.append(int(state.clock))
         times.append(int(state.time))
     assert clocks == [1, 2, 3, 4, 5, 6, 7, 8]
     assert times == [1, 2, 0, 1, 2, 0, 1, 2]
-    _, fresh = env.reset(KEY, params)
+    _, fresh = env.reset(jax.random.key(2), params)
     assert fresh.clock == 0
     carried = env.carry_over(state, fresh)
     assert (carried.clock, carried.time, carried.position) == (8, 0, env.start)
@@ -134,20 +140,21 @@ def test_clock_runs_on_through_resets():
 
 def test_switch_step_may_differ_under_vmap():
     env = ShortcutMaze()
-    _, state = env.reset(KEY, env.default_params)
+    _, state = env.reset(jax.random.key(0), env.default_params)
     state = state.replace(position=jnp.int32(4 * COLS + 8), clock=jnp.int32(5))
     params = env.default_params.replace(switch_step=jnp.array([5, 6]))
     axes = env.default_params.replace(max_steps_in_episode=None, switch_step=0)
-    obs, *_ = jax.vmap(env.step, (None, None, None, axes))(KEY, state, UP, params)
+    obs, *_ = jax.vmap(env.step, (None, None, None, axes))(jax.random.key(1), state, UP, params)
     assert obs.tolist() == [3 * COLS + 8, 4 * COLS + 8]
 
 
 def test_a_closing_wall_does_not_hold_the_agent():
     env = BlockingMaze()
-    _, state = env.reset_env(KEY, env.default_params)
+    _, state = env.reset_env(jax.random.key(0), env.default_params)
     state = state.replace(position=jnp.int32(3 * COLS + 8), clock=jnp.int32(1000))
     landings = {
-        action: int(env.step_env(KEY, state, action, env.default_params)[0]) for action in range(4)
+        action: int(env.step_env(jax.random.key(1), state, action, env.default_params)[0])
+        for action in range(4)
     }
     here = 3 * COLS + 8
     assert landings == {UP: here - COLS, DOWN: here + COLS, LEFT: here, RIGHT: here}
@@ -162,7 +169,7 @@ def test_a_closing_wall_does_not_hold_the_agent():
     ],
 )
 def test_a_shortest_path_earns_one_at_the_goal(env, path):
-    _, state = env.reset_env(KEY, env.default_params)
+    _, state = env.reset_env(jax.random.key(0), env.default_params)
     state, (obs, reward, terminated) = drive(env, state, path, env.default_params)
     assert reward.tolist() == [0.0] * (len(path) - 1) + [1.0]
     assert terminated.tolist() == [False] * (len(path) - 1) + [True]
@@ -197,10 +204,12 @@ def test_types_and_spaces(maze):
     assert params.max_steps_in_episode == 2000
     assert env.action_space(params).n == env.num_actions == 4
     assert env.observation_space(params).n == 54
-    obs, state = env.reset(KEY, params)
+    obs, state = env.reset(jax.random.key(0), params)
     other_obs, _ = env.reset(jax.random.key(1), params)
     assert obs == other_obs
-    next_obs, next_state, reward, terminated, truncated, info = env.step(KEY, state, UP, params)
+    next_obs, next_state, reward, terminated, truncated, info = env.step(
+        jax.random.key(2), state, UP, params
+    )
     assert (obs.shape, obs.dtype) == (next_obs.shape, next_obs.dtype) == ((), jnp.int32)
     assert (reward.shape, reward.dtype) == ((), jnp.float32)
     assert terminated.dtype == truncated.dtype == jnp.bool_
@@ -218,4 +227,4 @@ def test_registering_twice_is_harmless():
     for name in ("DynaMaze", "BlockingMaze", "ShortcutMaze"):
         assert gymnax.registered_envs.count(f"{name}-sutton") == 1
         env, params = gymnax.make(f"{name}-sutton")
-        assert env.reset(KEY, params)[0] == env.start
+        assert env.reset(jax.random.key(0), params)[0] == env.start
