@@ -14,6 +14,21 @@ from mbrl_jax.runtime.train import load_job
 # every program of a short run comes from the compilation cache
 ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
+# limits the size of files to argument 1, while the state after step 150 is about to be saved
+LIMITED = """
+import resource, sys
+from mbrl_jax.__main__ import main
+from mbrl_jax.runtime import logs
+
+def update(self, env_steps, *args):
+    if env_steps == 150:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+
+logs.Display.update = update
+sys.exit(main(sys.argv[2:]))
+"""
+FULL_DISK = ("-c", LIMITED)
+
 
 def start(*args, script=("-m", "mbrl_jax")):
     """The command line in a process of its own."""

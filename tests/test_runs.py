@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, contents, finish, rows, saved, start, steps
+from helpers import FULL_DISK, assert_same, contents, finish, rows, saved, start, steps
 
 from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.agents import AgentDef
@@ -335,27 +335,13 @@ def test_checkpoint_of_another_version(half, lake):
 
 # full disks
 
-# sets a limit on the size of files while period 3 is about to be written
-LIMITED = """
-import resource, sys
-from mbrl_jax.__main__ import main
-from mbrl_jax.runtime import logs
-
-def update(self, env_steps, *args):
-    if env_steps == 150:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-
-logs.Display.update = update
-sys.exit(main(sys.argv[2:]))
-"""
-
 
 @pytest.mark.parametrize(("limit", "path"), [(100, "run"), (2000, "run/checkpoints/3")])
 def test_full_disk(limit, path, whole, lake, tmp_path):
     out = tmp_path / "run"
     command = "train dyna_q --env FrozenLake-misc --env-args is_slippery=false --seeds 2"
     sizes = "--total-steps 300 --eval-every 50 --eval-episodes 2 --out"
-    process = start(limit, *command.split(), *sizes.split(), out, script=("-c", LIMITED))
+    process = start(limit, *command.split(), *sizes.split(), out, script=FULL_DISK)
     code, _, err = finish(process)
     assert code == 2
     assert err.startswith(f"error: cannot write {'checkpoint ' * (limit > 100)}{tmp_path}/{path}")

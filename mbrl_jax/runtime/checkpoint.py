@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.logs import write_whole
 from mbrl_jax.types import InputError, PyTree
 
@@ -33,7 +34,6 @@ class Checkpoints:
             max_to_keep=_KEPT,
             enable_async_checkpointing=False,
             create=write,
-            cleanup_tmp_directories=write,  # what a kill has left half-written
             lightweight_initialize=True,  # damage is for `restore` to tell
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -51,8 +51,7 @@ class Checkpoints:
         about = {"run": self._run, "shapes": _shapes(arrays)}
         path = self.folder / str(step)
         try:
-            if jax.process_index() == 0:
-                self._make_sure_of_room(sum(leaf.nbytes for leaf in arrays.values()))
+            devices.on_leader(self._make_sure_of_room, sum(x.nbytes for x in arrays.values()))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -60,8 +59,9 @@ class Checkpoints:
                 ),
                 force=True,
             )
-            if jax.process_index() == 0:
-                write_whole(path / _DIGESTS, json.dumps(_digests(path), indent=2))
+            devices.on_leader(_write_digests, path)
+        except InputError:  # of process 0
+            raise
         except Exception as error:  # orbax and tensorstore raise what they like on a full disk
             raise InputError(
                 f"cannot write checkpoint {path}: {_first_line(error)}; "
@@ -146,6 +146,10 @@ def _named(tree: PyTree) -> list[tuple[str, Any]]:
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
+
+
+def _write_digests(path: Path) -> None:
+    write_whole(path / _DIGESTS, json.dumps(_digests(path), indent=2))
 
 
 def _digests(path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mbrl_jax.types import InputError, PyTree
 
+T = TypeVar("T")
 SEED_MODES = ("auto", "vmap", "map")
 # beyond this many weights a CPU gains nothing from a batch of seeds, and loses its cache
 _LARGE = 100_000
@@ -107,3 +108,16 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(jnp.asarray(flag))))
+
+
+def on_leader(work: Callable[..., T], *args: Any) -> T | None:
+    """Runs `work(*args)` on process 0; where that fails, all processes end instead of waiting."""
+    result, error = None, None
+    if jax.process_index() == 0:
+        try:
+            result = work(*args)
+        except (InputError, OSError) as failure:
+            error = failure
+    if any_process(error is not None):
+        raise error or InputError("process 0 has failed; its message says why")
+    return result

@@ -33,10 +33,9 @@ def evaluate_run(out: Path, episodes: int = 100, seed: int = 0) -> Evaluation:
         raise InputError(f"episodes = {episodes}: expected 1 or more")
     devices.check_seed(seed)
     job = load_job(out)
-    folder = out / "checkpoints"
-    checkpoints = Checkpoints(folder, job.run, write=False) if folder.is_dir() else None
-    newest = checkpoints.newest() if checkpoints else None
-    if checkpoints is None or newest is None:
+    checkpoints = Checkpoints(out / "checkpoints", job.run, write=False)
+    newest = checkpoints.newest()
+    if newest is None:
         raise InputError(f"{out} holds no checkpoint yet; let the run reach its first evaluation")
     state = checkpoints.restore(newest, job.like())
     checkpoints.close()

@@ -221,14 +221,7 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
     from mbrl_jax.runtime.checkpoint import Checkpoints
 
     plan, leader = job.program.plan, jax.process_index() == 0
-    refused = None
-    if leader:
-        try:
-            _prepare(out, job.run, resume)
-        except InputError as error:
-            refused = error
-    if devices.any_process(refused is not None):
-        raise refused or InputError(f"process 0 cannot use {out}; its message says why")
+    devices.on_leader(_prepare, out, job.run, resume)
     try:
         with closing(Checkpoints(out / "checkpoints", job.run)) as checkpoints:
             newest = checkpoints.newest()
@@ -236,15 +229,14 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
             first = 0 if newest is None else newest
             metrics_file = logs.MetricsFile(out)
             done = plan.env_steps(first - 1) if first else 0
-            before = metrics_file.cut(done) if leader else 0.0
+            before = devices.on_leader(metrics_file.cut, done) or 0.0
             start = time.perf_counter()
             display = logs.Display(plan.env_steps(plan.periods - 1), done, progress and leader)
             chunks = _chunks(job, state, first, display)
             with _signals() as received, closing(display):
                 for period, state, metrics in chunks:
-                    if leader:
-                        wall = before + time.perf_counter() - start
-                        metrics_file.append(plan.env_steps(period), wall, metrics)
+                    wall = before + time.perf_counter() - start
+                    devices.on_leader(metrics_file.append, plan.env_steps(period), wall, metrics)
                     checkpoints.save(period + 1, state)
                     if devices.any_process(bool(received)):
                         signum = received[0] if received else signal.SIGTERM
