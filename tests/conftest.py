@@ -6,9 +6,11 @@ import tempfile
 import jax
 import pytest
 
-# one compilation cache for all workers and for the processes that tests start
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "mbrl_jax_tests_xla")
+# one compilation cache for a worker and the processes that its tests start; JAX writes entries in
+# place, so that workers which share one may read half an entry
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", tempfile.gettempdir()),
+    f"mbrl_jax_tests_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}",
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 

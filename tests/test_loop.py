@@ -214,6 +214,11 @@ def test_bad_counts_are_refused_before_anything_compiles(lake, arguments, said):
         make_train(**{"agent": "dyna_q", "env": lake, **arguments})
 
 
+def test_a_period_is_never_longer_than_the_run(lake):
+    plan = make_program(AGENTS["dyna_q"], lake, AGENTS["dyna_q"].config, 30, eval_every=100).plan
+    assert (plan.periods, plan.env_steps(0)) == (1, 30)
+
+
 def test_a_run_must_be_longer_than_its_warm_up(lake):
     with pytest.raises(InputError, match="warm-up"):
         make_train(PROBE, lake, 7)

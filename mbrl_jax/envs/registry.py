@@ -45,7 +45,9 @@ def make_env(
     frozen = tuple(sorted((name, _freeze(value)) for name, value in kwargs.items()))
     if isinstance(cached_resets, bool) or not isinstance(cached_resets, int) or cached_resets < 0:
         raise InputError(f"cached_resets = {cached_resets!r}: expected a whole number, 0 or more")
-    return _build(id, bool(rescale_actions), cached_resets, frozen)
+    if not isinstance(rescale_actions, bool):
+        raise InputError(f"rescale_actions = {rescale_actions!r}: expected true or false")
+    return _build(id, rescale_actions, cached_resets, frozen)
 
 
 @functools.cache
@@ -53,20 +55,22 @@ def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, 
     if id in _NEEDS_DOWNLOAD:
         raise InputError(f"environment {id!r} downloads its data and is not offered")
     factory = _factory(id)
-    arguments = [p for p in inspect.signature(factory).parameters if p != "self"]
+    parameters = inspect.signature(factory).parameters
+    arguments = [name for name in parameters if name != "self"]
+    defaults_of = {name: parameters[name].default for name in arguments}
     defaults = factory().default_params
     fields = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
     values = dict(kwargs)
-    for name in values:
+    for name, value in values.items():
         if name not in arguments and name not in fields:
             raise unknown(f"argument of {id}:", name, [*arguments, *fields])
+        default = fields.get(name, defaults_of.get(name))
+        _check_argument(id, name, value, default)
     try:
         base = factory(**{name: values[name] for name in values if name in arguments})
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise InputError(f"{id}: {error}") from error
     changed = {name: values[name] for name in values if name not in arguments}
-    for name, value in changed.items():
-        _check_param(id, name, value, fields[name])
     params = dataclasses.replace(base.default_params, **changed)
     env = _wrap(id, base, params, rescale, cached_resets)
     options = (("cached_resets", cached_resets), ("rescale_actions", rescale))
@@ -115,13 +119,17 @@ def _with_functions(spec: EnvSpec, known: Any, native: Any = lambda action: acti
     )
 
 
-def _check_param(id: str, name: str, value: Any, default: Any) -> None:
+def _check_argument(id: str, name: str, value: Any, default: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = isinstance(default, int) and not isinstance(default, bool)
-    if number and whole and value != int(value):
-        number = False
-    if isinstance(default, (int, float)) and not isinstance(default, bool) and not number:
-        kind = "a whole number" if whole else "a number"
+    if isinstance(default, bool):
+        fits, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits, kind = number and value == int(value), "a whole number"
+    elif isinstance(default, float):
+        fits, kind = number, "a number"
+    else:
+        return
+    if not fits:
         raise InputError(f"{id}: {name} = {value!r}, expected {kind} (default {default})")
     if name == "max_steps_in_episode" and value < 1:
         raise InputError(f"{id}: {name} = {value!r}, expected at least 1")

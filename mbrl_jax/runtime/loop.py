@@ -150,13 +150,13 @@ def make_program(
             raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
     num_envs, steps_per_update = schedule.num_envs, schedule.steps_per_update
     warmup = -(-schedule.warmup_steps // num_envs)
-    updates = -(-eval_every // (num_envs * steps_per_update))
     left = total_steps - warmup * num_envs
     if left < 1:
         raise InputError(
             f"total_steps = {total_steps}: expected more than the {schedule.warmup_steps} steps "
             f"of {definition.name}'s warm-up"
         )
+    updates = -(-min(eval_every, left) // (num_envs * steps_per_update))
     periods = -(-left // (updates * num_envs * steps_per_update))
     plan = Plan(num_envs, warmup, updates, steps_per_update, periods)
     if warmup + periods * plan.steps_per_period > _MAX_STEPS:
