@@ -2,15 +2,20 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pytest
 
+from mbrl_jax import train
+from mbrl_jax.runtime import logs
 from mbrl_jax.runtime.checkpoint import Checkpoints
-from mbrl_jax.runtime.train import load_job
+from mbrl_jax.runtime.train import Stopped, load_job
 
+SHORT = {"total_steps": 300, "seeds": 2, "eval_every": 50, "eval_episodes": 2}
 # every program of a short run comes from the compilation cache
 ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
@@ -93,3 +98,20 @@ def rows(out):
 def contents(folder):
     """All files below, with their bytes and times."""
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def train_until(periods, *args, signum=signal.SIGINT, **kwargs):
+    """Trains, with a signal while period number `periods` is about to be saved; -> Stopped."""
+    update, calls = logs.Display.update, []
+
+    def send(self, *args):
+        update(self, *args)
+        calls.append(args)
+        if len(calls) == periods:
+            os.kill(os.getpid(), signum)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs.Display, "update", send)
+        with pytest.raises(Stopped, match="--resume") as stopped:
+            train(*args, **kwargs)
+    assert stopped.value.signum == signum

@@ -1,4 +1,4 @@
-"""Run folders: what they hold, interruption and resume bit for bit, damage, full disks, traces."""
+"""Run folders: what they hold, interruption and resume bit for bit, damage, full disks."""
 
 import csv
 import errno
@@ -12,34 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FULL_DISK, assert_same, contents, finish, rows, saved, start, steps
+from helpers import (
+    FULL_DISK,
+    SHORT,
+    assert_same,
+    contents,
+    finish,
+    rows,
+    saved,
+    start,
+    steps,
+    train_until,
+)
 
 from mbrl_jax import AGENTS, InputError, make_env, train
-from mbrl_jax.agents import AgentDef
 from mbrl_jax.runtime import logs
 from mbrl_jax.runtime.checkpoint import Checkpoints
-from mbrl_jax.runtime.train import Stopped, make_job, traced
-from mbrl_jax.types import Agent, Schedule, config
+from mbrl_jax.runtime.train import make_job, traced
 
-SHORT = {"total_steps": 300, "seeds": 2, "eval_every": 50, "eval_episodes": 2}
 COLUMNS = ["seed", "env_steps", "wall_seconds", "eval_return", "train_return"]
-
-
-def train_until(periods, *args, signum=signal.SIGINT, **kwargs):
-    """Trains, with a signal while period number `periods` is about to be saved; -> Stopped."""
-    update, calls = logs.Display.update, []
-
-    def send(self, *args):
-        update(self, *args)
-        calls.append(args)
-        if len(calls) == periods:
-            os.kill(os.getpid(), signum)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs.Display, "update", send)
-        with pytest.raises(Stopped, match="--resume") as stopped:
-            train(*args, **kwargs)
-    assert stopped.value.signum == signum
 
 
 @pytest.fixture(scope="module")
@@ -397,95 +388,3 @@ def test_seed_modes_agree(lake, whole):
     for name, column in turns.history.items():
         expected = batch.history[name]
         np.testing.assert_array_equal(column if name == "env_steps" else column[:2], expected)
-
-
-# agents of one's own, and traces
-
-
-@config
-class WandererConfig:
-    speed: float = 1.0
-
-
-def make_wanderer(config, spec):
-    """Acts at random and counts its steps."""
-
-    def act(state, memory, obs, is_first, key, explore):
-        return jax.random.randint(key, obs.shape, 0, spec.num_actions), memory, ()
-
-    def update(state, key, t):
-        # the weak type of this state must not trace the next chunk anew
-        return jnp.where(t >= 0, state + config.speed, 0.0), {"distance": state}
-
-    return Agent(
-        init=lambda key: jnp.float32(0),
-        init_memory=lambda num_envs: (),
-        act=act,
-        observe=lambda state, step, extras, t: state,
-        update=update,
-        schedule=Schedule(),
-    )
-
-
-WANDERER = AgentDef("wanderer", "walks at random", WandererConfig(), make_wanderer, {})
-
-
-def test_agent_of_ones_own(lake, tmp_path):
-    result = train(WANDERER, lake, out=tmp_path / "run", speed=2.0, **SHORT)
-    np.testing.assert_array_equal(result.state, [600.0, 600.0])
-    np.testing.assert_array_equal(result.history["distance"][0], 49.0 + 100 * np.arange(6))
-    again = train(WANDERER, lake, out=tmp_path / "run", resume=True, speed=2.0, **SHORT)
-    np.testing.assert_array_equal(again.state, result.state)
-    with pytest.raises(InputError, match=r"unknown field of wanderer: 'sped'; .*'speed'"):
-        train(WANDERER, lake, sped=2.0, **SHORT)
-
-
-def counted(definition):
-    """The definition with a list that grows whenever its `update` is traced."""
-    traces = []
-
-    def make(config, spec):
-        agent = definition.make(config, spec)
-
-        def update(*args):
-            traces.append(args)
-            return agent.update(*args)
-
-        return agent._replace(update=update)
-
-    return definition._replace(make=make), traces
-
-
-DEFINITIONS = [*(AGENTS[name] for name in AGENTS), WANDERER]
-
-
-@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda definition: definition.name)
-def test_one_trace_for_all_chunks_and_new_floats(definition, lake):
-    definition, traces = counted(definition)
-    job = make_job(definition, lake, 300, 2, 0, 50, 2, None, "auto", {})
-    init, chunk = job.functions()
-    config = traced(job.config)
-    run = init(job.keys(), config)
-    counts = []
-    for period in range(3):
-        run, _ = chunk(run, config, jnp.int32(period))
-        counts.append(len(traces))
-    assert counts[0] > 0
-    other = jax.tree.map(lambda x: np.float32(0.5) * x, config)
-    chunk(init(job.keys(), other), other, jnp.int32(0))
-    counts.append(len(traces))
-    assert counts == counts[:1] * 4
-
-
-def test_one_trace_in_a_run_and_in_a_resume(lake, tmp_path, monkeypatch):
-    definition, traces = counted(AGENTS["dyna_q"])
-    counts, update = [], logs.Display.update
-
-    def note(self, *args):
-        update(self, *args)
-        counts.append(len(traces))
-
-    monkeypatch.setattr(logs.Display, "update", note)
-    train_until(3, definition, lake, out=tmp_path / "run", **SHORT)
-    train(definition, lake, out=tmp_path / "run", resume=True, **SHORT)
-    assert counts == [counts[0]] * 3 + [counts[3]] * 3
