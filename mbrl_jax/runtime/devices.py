@@ -16,7 +16,7 @@ from mbrl_jax.types import InputError, PyTree
 
 T = TypeVar("T")
 SEED_MODES = ("auto", "vmap", "map")
-# beyond this many weights a CPU gains nothing from a batch of seeds, and loses its cache
+# weights from which networks count as large; chosen, until an agent with networks is measured
 _LARGE = 100_000
 
 
