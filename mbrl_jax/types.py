@@ -102,6 +102,21 @@ class EnvSpec:
     def action_shape(self) -> tuple[int, ...]:
         return () if self.action_low is None else (len(self.action_low),)
 
+    def from_unit(self, action: jax.Array) -> jax.Array:
+        """Continuous actions [..., D] in [-1, 1] as actions within the bounds."""
+        low, high = self._bounds(action.ndim)
+        return low + 0.5 * (action + 1.0) * (high - low)
+
+    def to_unit(self, action: jax.Array) -> jax.Array:
+        """The inverse of `from_unit`."""
+        low, high = self._bounds(action.ndim)
+        return 2.0 * (action - low) / (high - low) - 1.0
+
+    def _bounds(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (1,) * (ndim - 1) + (-1,)
+        low, high = np.float32(self.action_low), np.float32(self.action_high)
+        return low.reshape(shape), high.reshape(shape)
+
 
 def ranged(interval: str, *, default: float | int) -> Any:
     """A config field whose values must lie in `interval`, such as "(0, 1]" or "[0, inf)"."""
@@ -150,6 +165,10 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
     elif hint is bool:
         if not isinstance(value, bool):
             raise wrong("True or False")
+    elif hint == tuple[int, ...]:
+        whole = isinstance(value, tuple) and all(type(item) is int for item in value)
+        if not whole or min(value, default=1) < 1:
+            raise wrong("a tuple of whole numbers, 1 or more")
     elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
         raise wrong(f"one of {', '.join(map(repr, typing.get_args(hint)))}")
     interval = field.metadata.get("interval")

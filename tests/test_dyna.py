@@ -10,6 +10,7 @@ import mbrl_jax
 from mbrl_jax import envs
 from mbrl_jax.agents import AGENTS, dyna, make_agent
 from mbrl_jax.models import tabular
+from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import EnvSpec, Step
 
 S, A = 6, 3
@@ -179,9 +180,9 @@ def test_the_action_bonus_of_exercise_8_4_prefers_what_was_not_tried_for_long():
 
 
 def test_schedules_are_linear_and_then_constant():
-    values = [float(dyna.schedule(1.0, 0.2, 10.0, jnp.int32(t))) for t in (0, 5, 10, 99)]
+    values = [float(linear(1.0, 0.2, 10.0, jnp.int32(t))) for t in (0, 5, 10, 99)]
     assert values == pytest.approx([1.0, 0.6, 0.2, 0.2])
-    assert float(dyna.schedule(0.3, 0.9, 0.0, jnp.int32(50))) == pytest.approx(0.3)
+    assert float(linear(0.3, 0.9, 0.0, jnp.int32(50))) == pytest.approx(0.3)
 
 
 WORLDS = [

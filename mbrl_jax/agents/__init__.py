@@ -33,6 +33,8 @@ class AgentDef(NamedTuple):
         for name, value in fields.items():
             if hints[name] in (float, "float") and isinstance(value, int | bool):
                 fields[name] = value if isinstance(value, bool) else float(value)
+            elif isinstance(value, list):  # as JSON has a tuple
+                fields[name] = tuple(value)
         config = dataclasses.replace(self.config, **fields)
         check_config(config)
         return config
@@ -43,6 +45,9 @@ _MODULES = {
     "dyna_q": "dyna",
     "dyna_q_plus": "dyna",
     "prioritised_sweeping": "dyna",
+    "dqn": "dqn",
+    "ppo": "ppo",
+    "sac": "sac",
 }
 
 

@@ -18,6 +18,7 @@ from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.models import tabular
 from mbrl_jax.models.tabular import Model, Outcome, Transition
+from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import (
     Agent,
     EnvSpec,
@@ -86,12 +87,6 @@ class State(NamedTuple):
     priority: jax.Array | None  # [S*A] float32, the queue; only with prioritised planning
     seen: Transition  # the newest transition
     step: jax.Array  # int32, environment steps so far
-
-
-def schedule(start: Scalar, final: Scalar, steps: Scalar, step: jax.Array) -> jax.Array:
-    """Linear from `start` to `final` over `steps`; constant at `start` where `steps` is 0."""
-    fraction = jnp.where(steps > 0, jnp.clip(step / jnp.maximum(steps, 1.0), 0.0, 1.0), 0.0)
-    return start + fraction * (final - start)
 
 
 def select_action(
@@ -237,7 +232,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         )
 
     def act(state: State, memory, obs, is_first, key, explore):
-        epsilon = schedule(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
+        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
 
         def one(obs: jax.Array, key: jax.Array) -> jax.Array:
             start = (obs * num_actions,)
@@ -261,7 +256,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
 
     def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
         q, model, seen, priority = state.q, state.model, state.seen, state.priority
-        alpha = schedule(cfg.step_size, cfg.step_size_final, cfg.step_size_steps, state.step)
+        alpha = linear(cfg.step_size, cfg.step_size_final, cfg.step_size_steps, state.step)
         pair = seen.state * num_actions + seen.action
         tries = model.visits.counts[pair]
         outcome = Outcome(seen.reward, seen.next_state, seen.continues, tries)

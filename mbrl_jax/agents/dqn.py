@@ -1,0 +1,272 @@
+"""DQN and the parts of Rainbow that are not about distributions, each a switch.
+
+DQN: Mnih et al. (2015). Double Q-learning: van Hasselt et al. (2016). Duelling heads: Wang et al.
+(2016). Prioritised replay: Schaul et al. (2016). n-step returns and the defaults of all of these:
+Hessel et al. (2018), "Rainbow".
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen
+
+from mbrl_jax import prng
+from mbrl_jax.agents import AgentDef
+from mbrl_jax.data import prioritised, ring
+from mbrl_jax.data.prioritised import Priorities
+from mbrl_jax.data.ring import NStep, Transition
+from mbrl_jax.nn.networks import MLP, polyak, torso
+from mbrl_jax.nn.optimiser import adam
+from mbrl_jax.nn.schedules import linear
+from mbrl_jax.types import (
+    Agent,
+    EnvSpec,
+    InputError,
+    Metrics,
+    PyTree,
+    Scalar,
+    Schedule,
+    Step,
+    config,
+    ranged,
+)
+
+_LEAST_PRIORITY = 1e-6  # added to errors, so that no transition is lost for ever
+
+
+@config
+class Config:
+    """Fields annotated float may be vmapped and never recompile."""
+
+    # widths of the hidden layers; with duelling heads each head has a last one of its own
+    hidden: tuple[int, ...] = (128, 128)
+    activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "relu"
+    # Adam's step size and epsilon, and the global norm to which gradients are clipped
+    learning_rate: float = ranged("(0, inf)", default=6.25e-5)
+    adam_eps: float = ranged("(0, inf)", default=1.5e-4)
+    max_grad_norm: float = ranged("(0, inf)", default=10.0)
+    # discount factor
+    gamma: float = ranged("[0, 1]", default=0.99)
+    # environments side by side
+    num_envs: int = ranged("[1, inf)", default=1)
+    # environment steps that the replay holds
+    buffer_size: int = ranged("[1, inf)", default=100_000)
+    # environment steps of random actions before the first update
+    warmup_steps: int = ranged("[1, inf)", default=5_000)
+    # transitions of a gradient step
+    batch_size: int = ranged("[1, inf)", default=32)
+    # steps of every environment between two rounds of updates, and gradient steps of a round
+    steps_per_update: int = ranged("[1, inf)", default=4)
+    updates: int = ranged("[1, inf)", default=1)
+    # gradient steps between two moves of the target network, and how far it moves (1 copies)
+    target_period: int = ranged("[1, inf)", default=2_000)
+    tau: float = ranged("(0, 1]", default=1.0)
+    # probability of a random action, moving linearly to epsilon_final over epsilon_steps
+    # environment steps, the warm-up included
+    epsilon: float = ranged("[0, 1]", default=1.0)
+    epsilon_final: float = ranged("[0, 1]", default=0.01)
+    epsilon_steps: float = ranged("[0, inf)", default=62_500.0)
+    # the online network chooses the action that the target network values
+    double: bool = True
+    # a head for the value and one for the advantages
+    duelling: bool = True
+    # rewards summed before the bootstrap
+    n_step: int = ranged("[1, inf)", default=3)
+    # sampling in proportion to the error to the power of priority_exponent
+    prioritised: bool = True
+    priority_exponent: float = ranged("[0, inf)", default=0.5)
+    # exponent of the importance weights, moving linearly to 1 over importance_steps
+    importance_exponent: float = ranged("[0, 1]", default=0.4)
+    importance_steps: float = ranged("[0, inf)", default=1_000_000.0)
+    # of the error: Huber's with threshold 1, or half the square
+    loss: Literal["huber", "square"] = "huber"
+
+
+class State(NamedTuple):
+    params: PyTree
+    target: PyTree
+    opt: PyTree
+    replay: PyTree
+    priorities: Priorities | None  # only with prioritised replay
+    step: jax.Array  # int32, environment steps so far
+
+
+class QNetwork(linen.Module):
+    """[B, *obs_shape] -> action values [B, A]."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+    duelling: bool
+
+    @linen.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        x = torso(self.spec)(obs)
+        num_actions = self.spec.num_actions
+        if not self.duelling:
+            return MLP(self.hidden, num_actions, self.activation)(x)
+        x = MLP(self.hidden[:-1], None, self.activation)(x)
+        value = MLP(self.hidden[-1:], 1, self.activation)(x)
+        advantage = MLP(self.hidden[-1:], num_actions, self.activation)(x)
+        return value + advantage - jnp.mean(advantage, axis=-1, keepdims=True)
+
+
+def q_target(
+    reward: jax.Array, discount: jax.Array, next_q: jax.Array, next_q_choice: jax.Array
+) -> jax.Array:
+    """r + discount Q(s', argmax_a Q_choice(s', a)), [B].
+
+    `next_q` and `next_q_choice` [B, A] are the target and the online network's for double
+    Q-learning (van Hasselt et al. 2016, (4)), the target network's both for plain DQN; `discount`
+    is gamma^n (1 - terminated) for the n rewards in `reward`.
+    """
+    choice = jnp.argmax(next_q_choice, axis=-1, keepdims=True)
+    return reward + discount * jnp.take_along_axis(next_q, choice, axis=-1)[:, 0]
+
+
+def q_loss(
+    q: jax.Array, action: jax.Array, target: jax.Array, weight: Scalar, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """(mean of `weight` [B] times the loss, errors [B]) of `q` [B, A] at `action` [B]."""
+    error = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0] - target
+    each = optax.huber_loss(error) if kind == "huber" else 0.5 * jnp.square(error)
+    return jnp.mean(weight * each), error
+
+
+def make(config: Config, spec: EnvSpec) -> Agent:
+    """The agent of one environment with discrete actions.
+
+    Raises:
+      InputError: continuous actions; a batch or an n-step window larger than the replay; a
+        warm-up that does not fill a window; a replay that does not divide by the environments.
+    """
+    cfg = config
+    if spec.num_actions is None:
+        raise InputError(
+            f"DQN needs discrete actions; {spec.id} has continuous ones; take sac or ppo"
+        )
+    if cfg.duelling and not cfg.hidden:
+        raise InputError("hidden = (): expected a width, or duelling = False")
+    if cfg.batch_size > cfg.buffer_size:
+        raise InputError(
+            f"batch_size = {cfg.batch_size}: expected at most buffer_size = {cfg.buffer_size}"
+        )
+    window = cfg.n_step * cfg.num_envs
+    for name, value in (("buffer_size", cfg.buffer_size), ("warmup_steps", cfg.warmup_steps)):
+        if value < window:
+            raise InputError(
+                f"{name} = {value}: expected at least n_step * num_envs = {window}"
+            )
+    network = QNetwork(spec, cfg.hidden, cfg.activation, cfg.duelling)
+    optimiser = adam(cfg.learning_rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
+    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
+    queue = prioritised.make(cfg.buffer_size) if cfg.prioritised else None
+
+    def init(key: jax.Array) -> State:
+        params = network.init(key, jnp.zeros((1, *spec.obs_shape), spec.obs_dtype))
+        return State(
+            params=params,
+            # a copy, since the state is donated and two of its leaves must not be one buffer
+            target=jax.tree.map(jnp.copy, params),
+            opt=optimiser.init(params),
+            replay=replay.init(),
+            priorities=None if queue is None else queue.init(),
+            step=jnp.int32(0),
+        )
+
+    def act(state: State, memory, obs, is_first, key, explore):
+        q = network.apply(state.params, obs)
+        action = jnp.argmax(q, axis=-1).astype(jnp.int32)
+        if explore:
+            epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
+            coin, pick = prng.uniform(key, 2 * obs.shape[0]).reshape(2, -1)
+            anything = (pick * spec.num_actions).astype(jnp.int32)
+            action = jnp.where(coin < epsilon, anything, action)
+        return action, memory, ()
+
+    def observe(state: State, step: Step, extras, t: jax.Array) -> State:
+        step_count = jnp.asarray((t + 1) * cfg.num_envs, jnp.int32)
+        state = state._replace(
+            replay=replay.add(state.replay, Transition(*step[:6]), t), step=step_count
+        )
+        if queue is None:
+            return state
+        # a row may be drawn once its window is whole, and no more once it is overwritten
+        slots, envs = cfg.buffer_size // cfg.num_envs, jnp.arange(cfg.num_envs)
+        whole = (t - cfg.n_step + 1) % slots * cfg.num_envs + envs
+        weight = jnp.where(t >= cfg.n_step - 1, state.priorities.largest, 0.0)
+        weight = jnp.broadcast_to(weight, (cfg.num_envs,))
+        if cfg.n_step > 1:
+            whole = jnp.concatenate([t % slots * cfg.num_envs + envs, whole])
+            weight = jnp.concatenate([jnp.zeros(cfg.num_envs), weight])
+        return state._replace(priorities=queue.set(state.priorities, whole, weight))
+
+    def learn(state: State, batch: NStep, weight: Scalar, number: jax.Array):
+        next_q = network.apply(state.target, batch.next_obs)
+        choice = network.apply(state.params, batch.next_obs) if cfg.double else next_q
+        target = q_target(batch.reward, batch.discount, next_q, choice)
+
+        def loss(params: PyTree):
+            q = network.apply(params, batch.obs)
+            value, error = q_loss(q, batch.action, target, weight, cfg.loss)
+            return value, (error, jnp.mean(q))
+
+        (value, (error, q)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        step, opt = optimiser.update(grads, state.opt, state.params)
+        params = jax.tree.map(jnp.add, state.params, step)
+        if cfg.target_period == 1:
+            target_params = polyak(params, state.target, cfg.tau)
+        else:
+            due = number % cfg.target_period == cfg.target_period - 1
+            target_params = jax.lax.cond(
+                due, lambda new, old: polyak(new, old, cfg.tau), lambda new, old: old,
+                params, state.target,
+            )  # fmt: skip
+        return state._replace(params=params, target=target_params, opt=opt), error, value, q
+
+    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+        first = t // cfg.steps_per_update * cfg.updates
+        numbers = first + jnp.arange(cfg.updates, dtype=jnp.int32)
+        step = (t + 1) * cfg.num_envs
+        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, step)
+
+        def uniform(state: State, x):
+            number, batch = x
+            state, _, loss, q = learn(state, batch, 1.0, number)
+            return state, {"loss": loss, "q": q}
+
+        def by_priority(state: State, x):
+            number, key = x
+            index, probability = queue.sample(state.priorities, key, cfg.batch_size)
+            batch = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)
+            beta = linear(cfg.importance_exponent, 1.0, cfg.importance_steps, step)
+            count = jnp.minimum(step, cfg.buffer_size).astype(jnp.float32)
+            weight = prioritised.importance_weights(probability, count, beta)
+            state, error, loss, q = learn(state, batch, weight, number)
+            value = (jnp.abs(error) + _LEAST_PRIORITY) ** cfg.priority_exponent
+            priorities = queue.set(state.priorities, index, value)
+            return state._replace(priorities=priorities), {"loss": loss, "q": q}
+
+        if queue is None:
+            index = replay.sample_index(key, cfg.updates * cfg.batch_size, t + 1, cfg.n_step)
+            index = index.reshape(cfg.updates, cfg.batch_size)
+            batches = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)
+            state, metrics = jax.lax.scan(uniform, state, (numbers, batches))
+        else:
+            keys = prng.split(key, cfg.updates)
+            state, metrics = jax.lax.scan(by_priority, state, (numbers, keys))
+        return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon}
+
+    schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
+    return Agent(init, lambda num_envs: (), act, observe, update, schedule)
+
+
+PRESETS: dict = {}
+
+AGENTS = {
+    "dqn": AgentDef("dqn", "DQN with the parts of Rainbow as switches", Config(), make, PRESETS)
+}

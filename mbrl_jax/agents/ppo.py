@@ -1,0 +1,348 @@
+"""PPO with clipping, for discrete and continuous actions.
+
+Schulman et al. (2017), "Proximal policy optimization algorithms"; advantages by GAE (Schulman et
+al. 2016); the details of Huang et al. (2022), "The 37 implementation details of PPO", as fields
+of the config. A truncated episode is continued by the value of its true last observation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from mbrl_jax import prng
+from mbrl_jax.agents import AgentDef
+from mbrl_jax.data import ring
+from mbrl_jax.data.rows import Layout
+from mbrl_jax.nn import normaliser
+from mbrl_jax.nn.distributions import categorical, diagonal_normal, sample_categorical
+from mbrl_jax.nn.networks import MLP, torso
+from mbrl_jax.nn.normaliser import Stats
+from mbrl_jax.nn.optimiser import adam
+from mbrl_jax.nn.schedules import linear
+from mbrl_jax.types import (
+    Agent,
+    EnvSpec,
+    InputError,
+    Metrics,
+    PyTree,
+    Scalar,
+    Schedule,
+    Step,
+    config,
+    ranged,
+)
+
+
+@config
+class Config:
+    """Fields annotated float may be vmapped and never recompile."""
+
+    # widths of the hidden layers of the actor and of the critic
+    hidden: tuple[int, ...] = (64, 64)
+    activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "tanh"
+    # Adam's step size and epsilon, and the global norm to which gradients are clipped
+    learning_rate: float = ranged("(0, inf)", default=3e-4)
+    adam_eps: float = ranged("(0, inf)", default=1e-5)
+    max_grad_norm: float = ranged("(0, inf)", default=0.5)
+    # environment steps over which the step size falls linearly to zero; 0 keeps it constant
+    anneal_steps: float = ranged("[0, inf)", default=0.0)
+    # environments side by side, and steps of each between two updates
+    num_envs: int = ranged("[1, inf)", default=16)
+    num_steps: int = ranged("[1, inf)", default=128)
+    # passes over the data of an update, and parts into which each pass is shuffled
+    epochs: int = ranged("[1, inf)", default=4)
+    minibatches: int = ranged("[1, inf)", default=4)
+    # discount factor, and lambda of the advantages
+    gamma: float = ranged("[0, 1]", default=0.99)
+    gae_lambda: float = ranged("[0, 1]", default=0.95)
+    # how far the probability ratio may move before its gradient stops
+    clip_eps: float = ranged("(0, inf)", default=0.2)
+    # the same clip around the old values in the critic's loss
+    value_clip: bool = True
+    # weights of the critic's loss and of the entropy bonus
+    value_coef: float = ranged("[0, inf)", default=0.5)
+    entropy_coef: float = ranged("[0, inf)", default=0.0)
+    # zero mean and unit variance of the advantages in each minibatch
+    normalise_advantage: bool = True
+    # running normalisation of observations, and of rewards by the spread of discounted returns
+    normalise_obs: bool = False
+    normalise_reward: bool = False
+
+
+class Record(NamedTuple):
+    """One step of a rollout."""
+
+    obs: jax.Array
+    action: jax.Array  # in [-1, 1] or beyond it, before the environment's clip, where continuous
+    reward: jax.Array
+    next_obs: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    log_prob: jax.Array
+
+
+class Sample(NamedTuple):
+    """What the loss needs of one step."""
+
+    obs: jax.Array  # normalised
+    action: jax.Array
+    log_prob: jax.Array
+    value: jax.Array
+    advantage: jax.Array
+    target: jax.Array
+
+
+class Params(NamedTuple):
+    actor: PyTree
+    critic: PyTree
+
+
+class State(NamedTuple):
+    params: Params
+    opt: PyTree
+    rollout: PyTree
+    obs_stats: Stats | None
+    return_stats: Stats | None
+    returns: jax.Array | None  # [N] discounted, running; only with normalised rewards
+
+
+class Actor(linen.Module):
+    """[B, *obs_shape] -> logits [B, A], or mean and standard deviation [B, D] each."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+
+    @linen.compact
+    def __call__(self, obs: jax.Array):
+        size = self.spec.num_actions or self.spec.action_shape[0]
+        net = MLP(self.hidden, size, self.activation, "orthogonal", 2**0.5, 0.01)
+        out = net(torso(self.spec)(obs))
+        if self.spec.discrete:
+            return out
+        log_std = self.param("log_std", linen.initializers.zeros, (size,))
+        return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
+
+
+class Critic(linen.Module):
+    """[B, *obs_shape] -> values [B]."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+
+    @linen.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        net = MLP(self.hidden, 1, self.activation, "orthogonal", 2**0.5, 1.0)
+        return net(torso(self.spec)(obs))[..., 0]
+
+
+def gae(
+    reward: jax.Array,
+    value: jax.Array,
+    next_value: jax.Array,
+    terminated: jax.Array,
+    truncated: jax.Array,
+    gamma: Scalar,
+    lam: Scalar,
+) -> jax.Array:
+    """Generalised advantage estimates (Schulman et al. 2016, (16)), all [T, ...].
+
+    `next_value` is of the true successor: an episode that was truncated bootstraps from it, one
+    that terminated does not, and neither takes anything from the episode after it.
+    """
+    delta = reward + gamma * next_value * (1.0 - terminated) - value
+    decay = gamma * lam * (1.0 - (terminated | truncated))
+
+    def one(after: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        delta, decay = x
+        advantage = delta + decay * after
+        return advantage, advantage
+
+    return jax.lax.scan(one, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
+
+
+def policy_loss(
+    log_prob: jax.Array, old_log_prob: jax.Array, advantage: jax.Array, clip_eps: Scalar
+) -> jax.Array:
+    """The clipped surrogate objective, negated; Schulman et al. (2017), (7); over [B]."""
+    ratio = jnp.exp(log_prob - old_log_prob)
+    clipped = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
+    return -jnp.mean(jnp.minimum(ratio * advantage, clipped * advantage))
+
+
+def value_loss(
+    value: jax.Array, old_value: jax.Array, target: jax.Array, clip_eps: Scalar | None
+) -> jax.Array:
+    """Half the mean squared error over [B]; with `clip_eps` the worse of it and that of the
+    value kept within `clip_eps` of the old one."""
+    error = jnp.square(value - target)
+    if clip_eps is not None:
+        near = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+        error = jnp.maximum(error, jnp.square(near - target))
+    return 0.5 * jnp.mean(error)
+
+
+def discounted_returns(
+    reward: jax.Array, done: jax.Array, start: jax.Array, gamma: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """Running returns G_t = r_t + gamma G_{t-1}, from zero after `done`: ([N] last, [T, N])."""
+
+    def one(carry: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reward, done = x
+        total = reward + gamma * carry
+        return jnp.where(done, 0.0, total), total
+
+    return jax.lax.scan(one, start, (reward, done), unroll=8)
+
+
+def make(config: Config, spec: EnvSpec) -> Agent:
+    """The agent of one environment.
+
+    Raises:
+      InputError: a rollout that does not divide into the minibatches.
+    """
+    cfg = config
+    batch = cfg.num_envs * cfg.num_steps
+    if batch % cfg.minibatches:
+        raise InputError(
+            f"minibatches = {cfg.minibatches}: expected a divisor of "
+            f"num_envs * num_steps = {batch}"
+        )
+    if cfg.normalise_obs and spec.num_obs is not None:
+        raise InputError(f"normalise_obs = True: {spec.id} has integer observations; leave it out")
+    actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (Actor, Critic))
+    transition = ring.transition_example(spec)
+    example = Record(*transition, log_prob=jax.ShapeDtypeStruct((), jnp.float32))
+    rollout = ring.make(example, batch, cfg.num_envs)
+
+    def optimiser(step: Scalar):
+        rate = linear(cfg.learning_rate, 0.0, cfg.anneal_steps, step)
+        return adam(rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
+
+    def distribution(params: PyTree, obs: jax.Array):
+        out = actor.apply(params, obs)
+        return categorical(out) if spec.discrete else diagonal_normal(*out)
+
+    def seen(state: State, obs: jax.Array) -> jax.Array:
+        return obs if state.obs_stats is None else normaliser.normalise(state.obs_stats, obs)
+
+    def init(key: jax.Array) -> State:
+        keys = jax.random.split(key)
+        obs = jnp.zeros((1, *spec.obs_shape), "float32" if cfg.normalise_obs else spec.obs_dtype)
+        params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
+        return State(
+            params=params,
+            opt=optimiser(0).init(params),
+            rollout=rollout.init(),
+            obs_stats=normaliser.init(spec.obs_shape) if cfg.normalise_obs else None,
+            return_stats=normaliser.init(()) if cfg.normalise_reward else None,
+            returns=jnp.zeros(cfg.num_envs) if cfg.normalise_reward else None,
+        )
+
+    def act(state: State, memory, obs, is_first, key, explore):
+        policy = distribution(state.params.actor, seen(state, obs))
+        if not explore:
+            action = policy.mode()
+        elif spec.discrete:
+            action = sample_categorical(policy.logits, prng.uniform(key, obs.shape[0]))
+        else:
+            noise = jax.random.normal(key, (obs.shape[0], *spec.action_shape))
+            action = policy.loc + policy.scale_diag * noise
+        log_prob = policy.log_prob(action)
+        if spec.discrete:
+            return action.astype(jnp.int32), memory, log_prob
+        return spec.from_unit(action), memory, log_prob
+
+    def observe(state: State, step: Step, extras, t: jax.Array) -> State:
+        action = step.action if spec.discrete else spec.to_unit(step.action)
+        record = Record(step.obs, action, *step[2:6], log_prob=extras)
+        return state._replace(rollout=rollout.add(state.rollout, record, t))
+
+    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+        record = rollout.layout.unpack(state.rollout)
+        samples = evaluate(state, record)
+        state = learn_statistics(state, record)
+        layout = Layout.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples))
+        rows = layout.pack(samples)
+        # a sort of random words is a shuffle, all epochs' at once
+        order = jnp.argsort(jax.random.bits(key, (cfg.epochs, batch)), axis=-1)
+        order = order.reshape(cfg.epochs * cfg.minibatches, -1)
+        optimise = optimiser((t + 1) * cfg.num_envs)
+
+        def one(carry: tuple[Params, PyTree], index: jax.Array):
+            params, opt = carry
+            chosen = layout.unpack({
+                name: matrix.at[index].get(mode="promise_in_bounds")
+                for name, matrix in rows.items()
+            })  # fmt: skip
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, chosen)
+            step, opt = optimise.update(grads, opt, params)
+            return (jax.tree.map(jnp.add, params, step), opt), metrics
+
+        (params, opt), metrics = jax.lax.scan(one, (state.params, state.opt), order)
+        return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
+
+    def evaluate(state: State, record: Record) -> Sample:
+        """Values, advantages and targets of a rollout's rows [T * N]."""
+        obs, next_obs = seen(state, record.obs), seen(state, record.next_obs)
+        value = critic.apply(state.params.critic, obs)
+        next_value = critic.apply(state.params.critic, next_obs)
+        reward = record.reward
+        if state.return_stats is not None:
+            reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
+        by_step = (reward, value, next_value, record.terminated, record.truncated)
+        by_step = [x.reshape(cfg.num_steps, cfg.num_envs) for x in by_step]
+        advantage = gae(*by_step, cfg.gamma, cfg.gae_lambda).reshape(-1)
+        return Sample(obs, record.action, record.log_prob, value, advantage, advantage + value)
+
+    def learn_statistics(state: State, record: Record) -> State:
+        # after the update's targets, so that they and the log-probabilities belong together
+        if state.obs_stats is not None:
+            state = state._replace(obs_stats=normaliser.update(state.obs_stats, record.obs))
+        if state.return_stats is not None:
+            done = record.terminated | record.truncated
+            shape = (cfg.num_steps, cfg.num_envs)
+            last, returns = discounted_returns(
+                record.reward.reshape(shape), done.reshape(shape), state.returns, cfg.gamma
+            )
+            stats = normaliser.update(state.return_stats, returns.reshape(-1))
+            state = state._replace(return_stats=stats, returns=last)
+        return state
+
+    def loss(params: Params, sample: Sample) -> tuple[jax.Array, Metrics]:
+        policy = distribution(params.actor, sample.obs)
+        log_prob = policy.log_prob(sample.action)
+        entropy = jnp.mean(policy.entropy())
+        advantage = sample.advantage
+        if cfg.normalise_advantage:
+            advantage = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + 1e-8)
+        actor_loss = policy_loss(log_prob, sample.log_prob, advantage, cfg.clip_eps)
+        value = critic.apply(params.critic, sample.obs)
+        clip = cfg.clip_eps if cfg.value_clip else None
+        critic_loss = value_loss(value, sample.value, sample.target, clip)
+        total = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * entropy
+        log_ratio = log_prob - sample.log_prob
+        metrics = {
+            "policy_loss": actor_loss,
+            "value_loss": critic_loss,
+            "entropy": entropy,
+            # Schulman's low-variance estimator of the divergence from the old policy
+            "kl": jnp.mean(jnp.expm1(log_ratio) - log_ratio),
+            "clipped": jnp.mean((jnp.abs(jnp.expm1(log_ratio)) > cfg.clip_eps) * 1.0),
+        }
+        return total, metrics
+
+    schedule = Schedule(cfg.num_envs, 0, cfg.num_steps)
+    return Agent(init, lambda num_envs: (), act, observe, update, schedule)
+
+
+PRESETS: dict = {}
+
+AGENTS = {
+    "ppo": AgentDef("ppo", "PPO: clipped on-policy actor-critic", Config(), make, PRESETS)
+}

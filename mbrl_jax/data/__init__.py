@@ -1,0 +1,1 @@
+"""Replay on the device: `ring` of steps, `sequence` of windows, `prioritised` choice of rows."""

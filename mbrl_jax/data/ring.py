@@ -1,0 +1,258 @@
+"""A ring of environment steps on the device, sampled uniformly.
+
+Row `(t % (capacity // num_envs)) * num_envs + env` holds what environment `env` did at the batched
+step `t`. Because `t` is the same for all seeds, a write is one slice update for each dtype, also
+under `vmap`. A buffer that the model fills, whose pointer differs by seed, uses `add_masked`.
+
+Write first and then read the new rows: a reader of the old ones makes XLA copy the whole ring.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from mbrl_jax.data.rows import Layout, Rows
+from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar
+
+
+class Transition(NamedTuple):
+    """One environment step; [*lead, ...] with any equal leading axes."""
+
+    obs: jax.Array  # [*lead, *obs_shape] obs_dtype
+    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
+    reward: jax.Array  # [*lead] float32
+    next_obs: jax.Array  # [*lead, *obs_shape] obs_dtype, the true successor
+    terminated: jax.Array  # [*lead] bool
+    truncated: jax.Array  # [*lead] bool
+
+
+class NStep(NamedTuple):
+    """m steps as one, where m is n or the steps to the episode's end."""
+
+    obs: jax.Array  # [*lead, *obs_shape]
+    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
+    reward: jax.Array  # [*lead] float32, sum over k < m of gamma**k * reward k
+    next_obs: jax.Array  # [*lead, *obs_shape], the true successor of the last step
+    discount: jax.Array  # [*lead] float32, gamma**m, or 0 where the task ended
+
+
+class Cursor(NamedTuple):
+    """Where a ring with masked writes stands; under `vmap` it differs by seed."""
+
+    position: jax.Array  # int32, the next row to be written
+    size: jax.Array  # int32, how many rows are written
+
+
+def transition_example(spec: EnvSpec) -> Transition:
+    """Shapes and dtypes of one step, the example of a ring of transitions."""
+
+    def struct(shape: tuple[int, ...], dtype: str) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    obs = struct(spec.obs_shape, spec.obs_dtype)
+    action = struct(spec.action_shape, "int32" if spec.discrete else "float32")
+    flag = struct((), "bool")
+    return Transition(obs, action, struct((), "float32"), obs, flag, flag)
+
+
+def empty_cursor() -> Cursor:
+    """Nothing is written."""
+    return Cursor(jnp.int32(0), jnp.int32(0))
+
+
+def make(example: PyTree, capacity: int, num_envs: int = 1) -> Ring:
+    """A ring of `capacity` rows like `example` (one step of one environment).
+
+    Memory: capacity * (bytes of `example`), which is `num_bytes`. A transition holds two
+    observations: a million steps with 16 float32 each take 138 MB.
+
+    Raises:
+      InputError: a capacity that is no positive multiple of `num_envs`, or an example without
+        arrays or with arrays of size zero.
+    """
+    if num_envs < 1 or capacity < 1 or capacity % num_envs:
+        nearest = max(capacity // max(num_envs, 1), 1) * max(num_envs, 1)
+        raise InputError(
+            f"capacity = {capacity} with num_envs = {num_envs}: expected a positive multiple of "
+            f"num_envs, such as {nearest}"
+        )
+    return Ring(Layout.of(example), capacity, num_envs)
+
+
+class Ring(NamedTuple):
+    """The static description of a ring and the pure functions on its rows."""
+
+    layout: Layout
+    capacity: int  # rows, one for each environment step
+    num_envs: int
+
+    @property
+    def steps(self) -> int:
+        """Batched steps that the ring holds."""
+        return self.capacity // self.num_envs
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows."""
+        return self.capacity * self.layout.row_bytes
+
+    def init(self) -> Rows:
+        """Unwritten rows: one [capacity, width] matrix for each dtype, `num_bytes` bytes."""
+        return self.layout.zeros(self.capacity)
+
+    def add(self, rows: Rows, batch: PyTree, t: jax.Array) -> Rows:
+        """Writes `batch` [num_envs, ...] as the batched step `t` (int32, not batched by `vmap`).
+
+        Raises:
+          InputError: a batch unlike the example or without the leading axis `num_envs`.
+        """
+        packed = self._packed(batch, self.num_envs)
+        start = (t % self.steps) * self.num_envs
+        return {name: _write(x, packed[name], start) for name, x in rows.items()}
+
+    def sample_index(
+        self, key: jax.Array, num: int, written: jax.Array, n_step: int = 1
+    ) -> jax.Array:
+        """`num` rows, [num] int32, uniform with replacement, that open a whole window.
+
+        The window of a row is its step and the next `n_step` - 1 of the same environment. It must
+        be written and must not run across the write head, so the newest `n_step` - 1 batched steps
+        are never drawn. `written` (int32, not batched by `vmap`) counts the batched steps so far,
+        t + 1; it must be at least `n_step`, which the caller sees to. The chance of a row is off
+        by less than 2**-32.
+
+        Raises:
+          InputError: a window longer than the ring.
+        """
+        if not 1 <= n_step <= self.steps:
+            raise InputError(
+                f"n_step = {n_step}: expected 1 to {self.steps}, the batched steps that the ring "
+                "holds; take a larger capacity"
+            )
+        kept = jnp.minimum(written, self.steps)
+        oldest = ((written - kept) % self.steps) * self.num_envs
+        count = jnp.maximum(kept - n_step + 1, 1) * self.num_envs
+        return self._wrapped(oldest + _below(key, num, count))
+
+    def get(self, rows: Rows, index: jax.Array) -> PyTree:
+        """The rows `index` (any shape, int32 in [0, capacity)): leaves [*index.shape, ...].
+
+        One gather of whole rows for each dtype.
+        """
+        return self.layout.unpack(
+            {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
+        )
+
+    def window(self, rows: Rows, index: jax.Array, length: int) -> PyTree:
+        """The rows `index` and their next `length` - 1 steps: leaves [length, *index.shape, ...].
+
+        One gather of whole rows for each dtype.
+        """
+        ahead = self.num_envs * jnp.arange(length, dtype=jnp.int32)
+        ahead = ahead.reshape(length, *(1 for _ in index.shape))
+        return self.get(rows, self._wrapped(index[None] + ahead))
+
+    def n_step(self, rows: Rows, index: jax.Array, n: int, gamma: Scalar) -> NStep:
+        """`n` steps from each row of `index` as one; the rows are `Transition`s.
+
+        The sum of rewards ends with the episode; truncation bootstraps, termination does not.
+        `index` comes from `sample_index` with `n_step=n`. Reads n * index.size rows.
+        """
+        steps: Transition = self.window(rows, index, n)
+        reward, next_obs = steps.reward[0], steps.next_obs[0]
+        terminated = steps.terminated[0]
+        going = ~(terminated | steps.truncated[0])
+        power = jnp.full(index.shape, gamma, jnp.float32)
+        for k in range(1, n):
+            reward = jnp.where(going, reward + power * steps.reward[k], reward)
+            power = jnp.where(going, power * gamma, power)
+            wide = going.reshape(*going.shape, *(1 for _ in next_obs.shape[going.ndim :]))
+            next_obs = jnp.where(wide, steps.next_obs[k], next_obs)
+            terminated = terminated | (going & steps.terminated[k])
+            going = going & ~(steps.terminated[k] | steps.truncated[k])
+        discount = jnp.where(terminated, 0.0, power)
+        return NStep(steps.obs[0], steps.action[0], reward, next_obs, discount)
+
+    def add_masked(
+        self, rows: Rows, batch: PyTree, mask: jax.Array, cursor: Cursor
+    ) -> tuple[Rows, Cursor]:
+        """Writes the rows of `batch` [B, ...] where `mask` [B] bool, one behind the other.
+
+        The pointer moves by as many rows as the mask holds, so it differs by seed and the write is
+        a scatter; `num_envs` plays no part. Rows are read with `get`.
+
+        Raises:
+          InputError: B above the capacity, or a batch unlike the example.
+        """
+        num = mask.shape[0]
+        if num > self.capacity:
+            raise InputError(
+                f"a batch of {num} rows: expected at most the capacity {self.capacity}; write in "
+                "parts or take a larger capacity"
+            )
+        packed = self._packed(batch, num)
+        rank = jnp.cumsum(mask, dtype=jnp.int32)
+        # what the mask leaves out is written past the end, where the write is dropped
+        index = jnp.where(mask, self._wrapped(cursor.position + rank - 1), self.capacity)
+        rows = {name: x.at[index].set(packed[name], mode="drop") for name, x in rows.items()}
+        position = self._wrapped(cursor.position + rank[-1])
+        return rows, Cursor(position, jnp.minimum(cursor.size + rank[-1], self.capacity))
+
+    def sample_filled(self, key: jax.Array, num: int, cursor: Cursor) -> jax.Array:
+        """`num` rows, [num] int32, uniform with replacement over the `cursor.size` written ones.
+
+        At least one row must be written, which the caller sees to.
+        """
+        return _below(key, num, jnp.maximum(cursor.size, 1))
+
+    def _packed(self, batch: PyTree, num: int) -> Rows:
+        packed = self.layout.pack(batch)
+        lead = next(iter(packed.values())).shape[:-1]
+        if lead != (num,):
+            raise InputError(f"a batch with leading axes {lead}: expected ({num},)")
+        return packed
+
+    def _wrapped(self, index: jax.Array) -> jax.Array:
+        # a division by a constant that need not be a power of two is dearer than a select
+        return jnp.where(index < self.capacity, index, index - self.capacity)
+
+
+@custom_vmap
+def _write(rows: jax.Array, batch: jax.Array, start: jax.Array) -> jax.Array:
+    """`rows` [*lead, capacity, width] with `batch` [*lead, num_envs, width] from row `start` on."""
+    return jax.lax.dynamic_update_slice(rows, batch, (0,) * (rows.ndim - 2) + (start, 0))
+
+
+@_write.def_vmap
+def _write_all(
+    axis_size: int, batched: list[bool], rows: jax.Array, batch: jax.Array, start: jax.Array
+) -> tuple[jax.Array, bool]:
+    # JAX's own rule makes a scatter even of an unbatched start
+    if batched[2]:
+        axes = tuple(0 if is_batched else None for is_batched in batched)
+        return jax.vmap(_write.fun, axes)(rows, batch, start), True
+    rows, batch = (
+        x if is_batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+        for x, is_batched in zip((rows, batch), batched, strict=False)
+    )
+    return _write(rows, batch, start), True
+
+
+def _below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:
+    """[num] int32 in [0, count): the high word of 32 random bits times `count`.
+
+    One draw for each, where `jax.random.randint` makes two. A chance differs from 1 / count by
+    less than 2**-32, and that of any run of values too.
+    """
+    bits = jax.random.bits(key, (num,), jnp.uint32)
+    factor = count.astype(jnp.uint32)
+    # the product in halves of 16 bits: 64-bit integers are not to be had
+    high, low = bits >> 16, bits & 0xFFFF
+    factor_high, factor_low = factor >> 16, factor & 0xFFFF
+    middle = high * factor_low + (low * factor_low >> 16)
+    middle_low = low * factor_high + (middle & 0xFFFF)
+    return (high * factor_high + (middle >> 16) + (middle_low >> 16)).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Networks, distributions, normalisers and optimisers that the agents and models share."""

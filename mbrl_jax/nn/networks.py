@@ -1,0 +1,180 @@
+"""Networks as flax modules: `init(key, x) -> params`, `apply(params, x)`.
+
+An ensemble of n is `jax.vmap(net.init, (0, None))(keys, x)`; there is no module for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from mbrl_jax.types import EnvSpec, PyTree, Scalar, unknown
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "swish": jax.nn.swish,
+    "elu": jax.nn.elu,
+    "gelu": jax.nn.gelu,
+}
+INITIALISERS: dict[str, Callable[[float], linen.initializers.Initializer]] = {
+    "orthogonal": linen.initializers.orthogonal,
+    "lecun": lambda scale: linen.initializers.variance_scaling(
+        scale**2, "fan_in", "truncated_normal"
+    ),
+    # Chua et al. (2018): a normal with standard deviation scale / (2 sqrt(fan_in)), cut at two
+    "truncated_normal": lambda scale: _truncated_normal(scale),
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function `name` of ACTIVATIONS; InputError for an unknown one."""
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
+
+
+class MLP(linen.Module):
+    """Hidden layers, and a linear head where `out` is given: [..., in] -> [..., out] float32.
+
+    With `dropout` and `layer_norm` a hidden layer is linear, dropout, LayerNorm, activation, as in
+    DroQ (Hiraoka et al. 2022). With `batch_renorm` there is a BatchRenorm before the first layer
+    and after each activation, as in CrossQ (Bhatt et al. 2024).
+
+    `apply` takes `dropout_rate` with `rngs={"dropout": key}`, and for `batch_renorm` `train=True`
+    with `mutable=["batch_stats"]` to normalise by the batch and move the statistics.
+    """
+
+    hidden: tuple[int, ...]
+    out: int | None = None
+    activation: str = "relu"
+    init: str = "lecun"  # of INITIALISERS
+    scale: float = 1.0  # of the hidden layers' initial weights
+    out_scale: float = 1.0  # of the head's
+    layer_norm: bool = False
+    dropout: bool = False
+    batch_renorm: bool = False
+
+    @linen.compact
+    def __call__(
+        self, x: jax.Array, dropout_rate: Scalar = 0.0, train: bool = False
+    ) -> jax.Array:
+        act, init = activation(self.activation), INITIALISERS[self.init]
+        if self.batch_renorm:
+            x = BatchRenorm()(x, train)
+        for width in self.hidden:
+            x = linen.Dense(width, kernel_init=init(self.scale))(x)
+            if self.dropout:
+                x = _dropout(x, dropout_rate, self.make_rng("dropout"))
+            if self.layer_norm:
+                x = linen.LayerNorm()(x)
+            x = act(x)
+            if self.batch_renorm:
+                x = BatchRenorm()(x, train)
+        if self.out is not None:
+            x = linen.Dense(self.out, kernel_init=init(self.out_scale))(x)
+        return x
+
+
+class Torso(linen.Module):
+    """Observations of any kind as flat float32 features: [B, *obs_shape] -> [B, features].
+
+    Integers with a count become one-hot, images [B, height, width, channels] pass one
+    convolution (3 x 3, 16 filters, ReLU; Young and Tian 2019, MinAtar), all else is flattened.
+    """
+
+    obs_shape: tuple[int, ...]
+    num_obs: int | None = None
+
+    @linen.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        if self.num_obs is not None:
+            return jax.nn.one_hot(obs, self.num_obs)
+        obs = jnp.asarray(obs, jnp.float32)
+        if len(self.obs_shape) == 3:
+            obs = jax.nn.relu(Conv3x3(16)(obs))
+        return obs.reshape(obs.shape[0], -1)
+
+
+def torso(spec: EnvSpec) -> Torso:
+    """The torso for observations like `spec`'s."""
+    return Torso(spec.obs_shape, spec.num_obs)
+
+
+class Conv3x3(linen.Module):
+    """A convolution without padding: [B, h, w, c] -> [B, h - 2, w - 2, features].
+
+    It is one matrix product over the nine shifted images: on a CPU the gradient of XLA's
+    convolution of a 10 x 10 grid takes 10 to 28 times as long (batches of 32 to 1024).
+    """
+
+    features: int
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        height, width = x.shape[1] - 2, x.shape[2] - 2
+        patches = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        return linen.Dense(self.features)(jnp.concatenate(patches, axis=-1))
+
+
+class BatchRenorm(linen.Module):
+    """Batch renormalisation over all axes but the last (Ioffe 2017), as CrossQ uses it.
+
+    With `train` it normalises by the batch, corrected towards the running statistics once
+    `warmup` batches were seen, and moves them; otherwise it normalises by the running ones.
+    """
+
+    momentum: float = 0.99
+    warmup: int = 100_000
+    epsilon: float = 1e-3
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        width = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, width)
+        var = self.variable("batch_stats", "var", jnp.ones, width)
+        steps = self.variable("batch_stats", "steps", lambda: jnp.float32(0))
+        scale = self.param("scale", linen.initializers.ones, (width,))
+        bias = self.param("bias", linen.initializers.zeros, (width,))
+        centre, spread = mean.value, jnp.sqrt(var.value + self.epsilon)
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            batch_mean, batch_var = jnp.mean(x, axes), jnp.var(x, axes)
+            batch_std = jnp.sqrt(batch_var + self.epsilon)
+            warm = steps.value >= self.warmup
+            r = jnp.where(warm, jnp.clip(batch_std / spread, 1 / 3, 3.0), 1.0)
+            d = jnp.where(warm, jnp.clip((batch_mean - centre) / spread, -5.0, 5.0), 0.0)
+            r, d = jax.lax.stop_gradient((r, d))
+            spread = batch_std / r
+            centre = batch_mean - d * spread
+            if not self.is_initializing():
+                mix = 1.0 - self.momentum
+                mean.value = mean.value + mix * (jax.lax.stop_gradient(batch_mean) - mean.value)
+                var.value = var.value + mix * (jax.lax.stop_gradient(batch_var) - var.value)
+                steps.value = steps.value + 1.0
+        shape = (1,) * (x.ndim - 1) + (width,)
+        inverse = (scale / spread).reshape(shape)
+        return (x - centre.reshape(shape)) * inverse + bias.reshape(shape)
+
+
+def polyak(new: PyTree, old: PyTree, tau: Scalar) -> PyTree:
+    """The moving average `tau * new + (1 - tau) * old` of two parameter trees."""
+    return jax.tree.map(lambda a, b: b + tau * (a - b), new, old)
+
+
+def _dropout(x: jax.Array, rate: Scalar, key: jax.Array) -> jax.Array:
+    # flax's own Dropout asks for a rate that is no tracer
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def _truncated_normal(scale: float) -> linen.initializers.Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        std = scale / (2.0 * math.sqrt(shape[-2]))
+        return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+
+    return init

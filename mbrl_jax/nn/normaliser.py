@@ -1,0 +1,47 @@
+"""Running mean and variance of observations or returns, as a pytree."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_jax.types import Scalar
+
+
+class Stats(NamedTuple):
+    """float32, 8 bytes for each number of the shape and 4 more."""
+
+    mean: jax.Array  # [*shape]
+    var: jax.Array  # [*shape] population variance
+    count: jax.Array  # [] float32, how many rows were seen
+
+
+def init(shape: tuple[int, ...]) -> Stats:
+    """Mean 0 and variance 1, which `normalise` leaves as they are until data comes."""
+    return Stats(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0))
+
+
+def update(stats: Stats, batch: jax.Array) -> Stats:
+    """Adds the rows of `batch` [..., *shape], exactly (Chan, Golub and LeVeque 1979).
+
+    The count stops at 2**24, where float32 would; from there on old rows fade.
+    """
+    shape = stats.mean.shape
+    rows = batch.astype(jnp.float32).reshape(-1, *shape)
+    size = rows.shape[0]
+    mean, var = jnp.mean(rows, axis=0), jnp.var(rows, axis=0)
+    total = stats.count + size
+    share = size / total
+    shift = mean - stats.mean
+    new_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(shift)
+    return Stats(stats.mean + share * shift, new_var, jnp.minimum(total, 2.0**24))
+
+
+def normalise(stats: Stats, x: jax.Array, clip: Scalar = 10.0) -> jax.Array:
+    """(x - mean) / std of `x` [..., *shape], clipped to [-clip, clip]; constants become 0."""
+    ndim = x.ndim - stats.mean.ndim
+    mean = stats.mean.reshape((1,) * ndim + stats.mean.shape)
+    std = jnp.sqrt(stats.var + 1e-8).reshape(mean.shape)
+    return jnp.clip((x.astype(jnp.float32) - mean) / std, -clip, clip)
