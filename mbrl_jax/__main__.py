@@ -81,7 +81,7 @@ class CompareOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (2 for bad input, 128 + n for signal n)."""
+    """Runs the command line; returns the exit code: 2 for bad input, 3 for divergence, 128 + n for signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "list": _list}
     try:
@@ -135,7 +135,7 @@ def _train(args: list[str]) -> int:
 
 def _train_with(definition: Any, options: Any) -> int:
     from mbrl_jax.envs import make_env
-    from mbrl_jax.runtime.train import Stopped, train
+    from mbrl_jax.runtime.train import Diverged, Stopped, train
 
     config = options.agent
     overrides = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
@@ -159,6 +159,9 @@ def _train_with(definition: Any, options: Any) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
+    except Diverged as diverged:
+        print(f"error: {diverged}", file=sys.stderr)
+        return 3
     _report(options.out, result.history)
     return 0
 

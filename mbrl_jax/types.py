@@ -104,15 +104,16 @@ class EnvSpec:
 
     def from_unit(self, action: jax.Array) -> jax.Array:
         """Continuous actions [..., D] in [-1, 1] as actions within the bounds."""
-        low, high = self._bounds(action.ndim)
+        low, high = self.bounds(action.ndim)
         return low + 0.5 * (action + 1.0) * (high - low)
 
     def to_unit(self, action: jax.Array) -> jax.Array:
         """The inverse of `from_unit`."""
-        low, high = self._bounds(action.ndim)
+        low, high = self.bounds(action.ndim)
         return 2.0 * (action - low) / (high - low) - 1.0
 
-    def _bounds(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    def bounds(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+        """`action_low` and `action_high` as float32 with `ndim` axes, the last of size D."""
         shape = (1,) * (ndim - 1) + (-1,)
         low, high = np.float32(self.action_low), np.float32(self.action_high)
         return low.reshape(shape), high.reshape(shape)

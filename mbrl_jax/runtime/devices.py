@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -86,14 +87,48 @@ def _strong(x: jax.Array) -> jax.Array:
 
 
 def seed_mode(mode: str, agent_state: PyTree) -> str:
-    """Resolves "auto": vmap, except on a CPU for agents whose `params` are large."""
+    """Resolves "auto": vmap, except on a CPU for agents whose `params` are large.
+
+    `agent_state` (shapes) tells by its fields of that name, at any depth.
+    """
     if mode not in SEED_MODES:
         raise InputError(f"seed_mode = {mode!r}: expected one of {', '.join(SEED_MODES)}")
     if mode != "auto":
         return mode
-    params = jax.tree.leaves(getattr(agent_state, "params", ()))
-    large = sum(leaf.size for leaf in params) > _LARGE
+    large = _LARGE < sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(agent_state)
+        if jax.tree_util.GetAttrKey("params") in path
+    )
     return "map" if large and jax.default_backend() == "cpu" else "vmap"
+
+
+def check_memory(state: PyTree, seeds: int) -> None:
+    """Raises InputError where `seeds` states of one seed (shapes) cannot fit the devices' memory."""
+    leaves = [
+        (math.prod(leaf.shape) * leaf.dtype.itemsize, jax.tree_util.keystr(path))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    needed, free = seeds * sum(size for size, _ in leaves), _memory()
+    if free is None or needed <= free:
+        return
+    size, name = max(leaves)
+    raise InputError(
+        f"the state of {seeds} seeds takes {needed / 2**30:.1f} GiB ({name} {size / 2**30:.2f} GiB "
+        f"a seed), expected at most {free / 2**30:.1f} GiB, the memory there is; lower what fills "
+        "it (such as buffer_size or num_envs), or take fewer seeds"
+    )
+
+
+def _memory() -> int | None:
+    """Bytes that states may take in all; None where no one tells."""
+    if jax.default_backend() == "cpu":
+        if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return None if limit is None else limit * jax.device_count()
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from mbrl_jax import prng
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
 from mbrl_jax.envs.env import BatchState, Env, reset_batch, step_batch
-from mbrl_jax.types import Agent, InputError, Metrics, PyTree, Step, check_config
+from mbrl_jax.runtime import devices
+from mbrl_jax.types import Agent, EnvSpec, InputError, Metrics, PyTree, Step, check_config
 
 _MAX_STEPS = 2**31 - 1  # `t` is int32
 
@@ -40,6 +41,8 @@ class Episodes(NamedTuple):
     returns: jax.Array  # float32 sum of their returns
     lengths: jax.Array  # float32 sum of their lengths
     reward: jax.Array  # float32 sum of all rewards
+    nonfinite: jax.Array  # float32 number of steps with a reward or observation that is not finite
+    outside: jax.Array  # float32 number of actions outside the bounds, or no action's number
 
 
 class Plan(NamedTuple):
@@ -95,12 +98,14 @@ def make_train(
       `train`, whose history maps names to arrays [periods]: `env_steps`; of the evaluation
       `eval_return` and `eval_length` (means over its episodes); of training `train_return` and
       `train_length` (means over the episodes that ended in the period, NaN without one),
-      `train_episodes` (their number), `train_reward` (the sum of all rewards); and the means of
-      the agent's own metrics over the period's updates. `state` is the agent's.
+      `train_episodes` (their number), `train_reward` (the sum of all rewards), `nonfinite_steps`
+      (steps whose reward or observation is NaN or infinite), `actions_outside` (actions beyond
+      the bounds, which the environment clips); and the means of the agent's own metrics over the
+      period's updates. `state` is the agent's.
 
     Raises:
-      InputError: before anything compiles, for an unknown agent, one that cannot act in `env`, or
-        counts that are not positive.
+      InputError: before anything compiles, for an unknown agent, one that cannot act in `env`,
+        counts that are not positive, or a state that does not fit the device's memory.
     """
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
     default = definition.config_for(env.spec.id)
@@ -110,7 +115,8 @@ def make_train(
             definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
         )
 
-    program(default)
+    shapes = jax.eval_shape(program(default).init, jax.random.key(0), default)
+    devices.check_memory(shapes, 1)
 
     def train(key: jax.Array, config: Any = default) -> tuple[PyTree, Metrics]:
         check_config(config)
@@ -194,6 +200,8 @@ def make_program(
             "train_length": episodes.lengths / finished,
             "train_episodes": episodes.finished,
             "train_reward": episodes.reward,
+            "nonfinite_steps": episodes.nonfinite,
+            "actions_outside": episodes.outside,
         }
         if eval_episodes > 0:
             key = jax.random.fold_in(run.eval_key, index)
@@ -241,7 +249,7 @@ def _train_period(
 
     shapes = jax.eval_shape(agent.update, run.agent, period_key, first)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    episodes = Episodes(*(jnp.float32(0),) * 4)
+    episodes = Episodes(*(jnp.float32(0),) * len(Episodes._fields))
     numbers = jnp.arange(plan.updates, dtype=jnp.int32)
     (run, episodes, sums), _ = jax.lax.scan(one_update, (run, episodes, zeros), numbers)
     return run, episodes, jax.tree.map(lambda x: x / plan.updates, sums)
@@ -266,22 +274,31 @@ def _env_step(
         action = jax.vmap(env.random_action)(keys)
     batch, step = step_batch(env, env_key, batch, action)
     learner = agent.observe(run.agent, step, extras, t)
-    returns, lengths, episodes = _count(run, step)
+    returns, lengths, episodes = _count(env.spec, run, step)
     run = run._replace(agent=learner, memory=memory, batch=batch, returns=returns, lengths=lengths)
     return run, episodes
 
 
-def _count(run: RunState, step: Step) -> tuple[jax.Array, jax.Array, Episodes]:
+def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Array, Episodes]:
     returns = run.returns + step.reward
     # the step out of a final observation (delayed resets) is nobody's
     idle = False if run.batch.ended is None else run.batch.ended
     lengths = run.lengths + jnp.where(idle, 0, 1)
     done = step.terminated | step.truncated
+    finite = jnp.isfinite(step.reward)
+    if jnp.issubdtype(step.next_obs.dtype, jnp.floating):
+        finite &= jnp.all(jnp.isfinite(step.next_obs.reshape(finite.shape[0], -1)), axis=-1)
+    low, high = (0, spec.num_actions - 1) if spec.discrete else spec.bounds(step.action.ndim)
+    # so written that NaN counts as outside
+    inside = (step.action >= low) & (step.action <= high)
+    inside = jnp.all(inside.reshape(done.shape[0], -1), axis=-1)
     ended = Episodes(
         jnp.sum(done.astype(jnp.float32)),
         jnp.sum(jnp.where(done, returns, 0.0)),
         jnp.sum(jnp.where(done, lengths, 0).astype(jnp.float32)),
         jnp.sum(step.reward),
+        jnp.sum((~finite).astype(jnp.float32)),
+        jnp.sum((~inside).astype(jnp.float32)),
     )
     return jnp.where(done, 0.0, returns), jnp.where(done, 0, lengths), ended
 

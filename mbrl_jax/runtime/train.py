@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mbrl_jax.agents import AGENTS, AgentDef
 from mbrl_jax.envs import Env, make_env
 from mbrl_jax.runtime import devices, logs
-from mbrl_jax.runtime.loop import Program, RunState, make_program
+from mbrl_jax.runtime.loop import Plan, Program, RunState, make_program
 from mbrl_jax.types import Agent, InputError, PyTree
 
 
@@ -45,6 +45,16 @@ class Stopped(Exception):
             "go on with the same command and --resume"
         )
         self.signum = signum
+
+
+class Diverged(Exception):
+    """A metric, reward or observation was not finite; the run stops and saves nothing after it."""
+
+    def __init__(self, what: str, env_steps: int, saved: str):
+        super().__init__(
+            f"{what} by step {env_steps:,}, and the run has stopped; {saved}; "
+            "try a smaller learning rate, or look at the environment's rewards and observations"
+        )
 
 
 def train(
@@ -86,6 +96,7 @@ def train(
       InputError: bad input, before anything compiles or is written; a folder that holds another
         run; a damaged checkpoint; a full disk.
       Stopped: SIGINT or SIGTERM came while `out` was being written, and the run is saved.
+      Diverged: a metric of the agent, a reward or an observation was NaN or infinite.
     """
     if resume and out is None:
         raise InputError("resume = True: expected `out`, the folder of the run to go on with")
@@ -166,6 +177,7 @@ def make_job(
         "seed_mode": seed_mode,
         "config": logs.config_fields(config),
     }
+    devices.check_memory(shapes, seeds)
     mode = devices.seed_mode(seed_mode, shapes.agent)
     built = definition.make(config, env.spec)
     run = json.loads(json.dumps(run))  # tuples as the lists that a file gives back
@@ -208,8 +220,10 @@ def _run_in_memory(job: Job, progress: bool) -> Result:
     plan = job.program.plan
     rows = []
     with closing(logs.Display(plan.env_steps(plan.periods - 1), 0, progress)) as display:
-        for _, state, metrics in _chunks(job, None, 0, display):
+        for period, state, metrics in _chunks(job, None, 0, display):
             rows.append(metrics)
+            if (fault := _fault(metrics)) is not None:
+                raise Diverged(fault, plan.env_steps(period), "nothing is saved without `out`")
             learner = state.agent
     history = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
     env_steps = np.array([plan.env_steps(period) for period in range(plan.periods)])
@@ -237,6 +251,8 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
                 for period, state, metrics in chunks:
                     wall = before + time.perf_counter() - start
                     devices.on_leader(metrics_file.append, plan.env_steps(period), wall, metrics)
+                    if (fault := _fault(metrics)) is not None:
+                        raise Diverged(fault, plan.env_steps(period), _last_good(plan, period, out))
                     checkpoints.save(period + 1, state)
                     if devices.any_process(bool(received)):
                         signum = received[0] if received else signal.SIGTERM
@@ -251,6 +267,31 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
     history = runs.read_run(out)
     history = {name: column for name, column in history.items() if name != "seed"}
     return Result(state.agent, history)  # type: ignore[union-attr]  # restored, or run
+
+
+def _fault(metrics: dict[str, np.ndarray]) -> str | None:
+    """What is not finite in a chunk's metrics [seeds], or None."""
+    steps = metrics["nonfinite_steps"]
+    if np.any(steps > 0):
+        seed = int(np.argmax(steps > 0))
+        return (
+            f"{steps[seed]:.0f} rewards or observations of the environment were not finite "
+            f"(seed {seed})"
+        )
+    for name, column in metrics.items():
+        bad = ~np.isfinite(column)
+        # these two are NaN where no episode has ended
+        if name not in ("train_return", "train_length") and np.any(bad):
+            seed = int(np.argmax(bad))
+            return f"{name} was {column[seed]} (seed {seed})"
+    return None
+
+
+def _last_good(plan: Plan, period: int, out: Path) -> str:
+    if period == 0:
+        return f"there is no checkpoint yet in {out}"
+    path = out / "checkpoints" / str(period)
+    return f"the last good checkpoint is {path}, of step {plan.env_steps(period - 1):,}"
 
 
 def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
