@@ -121,7 +121,10 @@ def _place(index: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _choose(children: jax.Array, uniform: jax.Array) -> jax.Array:
-    """A child of each node [num, 32] in proportion to its value, [num] int32."""
+    """A child of each node [num, 32] in proportion to its value, [num] int32.
+
+    `uniform` [num] lies in [0, 1]; not even 1 leads to a child of value 0.
+    """
     # a matrix product, because a cumulative sum is many kernels on a CPU
     before = jax.lax.dot(children, jnp.asarray(_BEFORE), precision=jax.lax.Precision.HIGHEST)
     target = uniform * (before[:, -1] + children[:, -1])

@@ -72,8 +72,8 @@ def make(example: PyTree, capacity: int, num_envs: int = 1) -> Ring:
     observations: a million steps with 16 float32 each take 138 MB.
 
     Raises:
-      InputError: a capacity that is no positive multiple of `num_envs`, or an example without
-        arrays or with arrays of size zero.
+      InputError: a capacity that is no positive multiple of `num_envs` or is above 2**30, or an
+        example without arrays or with arrays of size zero.
     """
     if num_envs < 1 or capacity < 1 or capacity % num_envs:
         nearest = max(capacity // max(num_envs, 1), 1) * max(num_envs, 1)
@@ -81,6 +81,8 @@ def make(example: PyTree, capacity: int, num_envs: int = 1) -> Ring:
             f"capacity = {capacity} with num_envs = {num_envs}: expected a positive multiple of "
             f"num_envs, such as {nearest}"
         )
+    if capacity > 2**30:
+        raise InputError(f"capacity = {capacity}: expected at most 2**30, as rows are int32")
     return Ring(Layout.of(example), capacity, num_envs)
 
 
@@ -204,7 +206,7 @@ class Ring(NamedTuple):
 
         At least one row must be written, which the caller sees to.
         """
-        return _below(key, num, jnp.maximum(cursor.size, 1))
+        return _below(key, num, cursor.size)
 
     def _packed(self, batch: PyTree, num: int) -> Rows:
         packed = self.layout.pack(batch)
@@ -234,7 +236,7 @@ def _write_all(
         return jax.vmap(_write.fun, axes)(rows, batch, start), True
     rows, batch = (
         x if is_batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
-        for x, is_batched in zip((rows, batch), batched, strict=False)
+        for x, is_batched in zip((rows, batch), batched[:2], strict=True)
     )
     return _write(rows, batch, start), True
 

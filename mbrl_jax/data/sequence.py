@@ -24,8 +24,8 @@ def make(example: PyTree, capacity: int, num_envs: int = 1) -> Sequence:
     own, as they are the next step of the window.
 
     Raises:
-      InputError: a capacity that is no positive multiple of `num_envs`, or an example without
-        arrays or with arrays of size zero.
+      InputError: a capacity that is no positive multiple of `num_envs` or is above 2**30, or an
+        example without arrays or with arrays of size zero.
     """
     return Sequence(ring.make(example, capacity, num_envs))
 

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
 }
 INITIALISERS: dict[str, Callable[[float], linen.initializers.Initializer]] = {
-    "orthogonal": linen.initializers.orthogonal,
+    "orthogonal": lambda scale: _orthogonal(scale),
     "lecun": lambda scale: linen.initializers.variance_scaling(
         scale**2, "fan_in", "truncated_normal"
     ),
@@ -170,6 +170,32 @@ def _dropout(x: jax.Array, rate: Scalar, key: jax.Array) -> jax.Array:
     # flax's own Dropout asks for a rate that is no tracer
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def _orthogonal(scale: float) -> linen.initializers.Initializer:
+    """Uniform over matrices with orthonormal rows or columns, whichever are fewer, times `scale`.
+
+    By Gram and Schmidt: XLA's QR, a call of LAPACK, waits for ever on a CPU of few cores that runs
+    a batch of it on several devices (jaxlib 0.10.2).
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        few, many = min(rows, columns), max(rows, columns)
+        start = jax.random.normal(key, (few, many), dtype)
+
+        def one(i: jax.Array, basis: jax.Array) -> jax.Array:
+            vector = basis[i]
+            done = jnp.arange(few) < i
+            for _ in range(2):  # once is not orthogonal to rounding
+                along = jnp.where(done, basis @ vector, 0.0)
+                vector = vector - along @ basis
+            return basis.at[i].set(vector / jnp.linalg.norm(vector))
+
+        basis = jax.lax.fori_loop(0, few, one, start)
+        return scale * (basis if rows <= columns else basis.T).reshape(shape)
+
+    return init
 
 
 def _truncated_normal(scale: float) -> linen.initializers.Initializer:

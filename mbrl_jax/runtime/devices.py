@@ -17,8 +17,6 @@ from mbrl_jax.types import InputError, PyTree
 
 T = TypeVar("T")
 SEED_MODES = ("auto", "vmap", "map")
-# weights from which networks count as large; chosen, until an agent with networks is measured
-_LARGE = 100_000
 
 
 def seed_mesh(num_seeds: int) -> Mesh:
@@ -87,20 +85,21 @@ def _strong(x: jax.Array) -> jax.Array:
 
 
 def seed_mode(mode: str, agent_state: PyTree) -> str:
-    """Resolves "auto": vmap, except on a CPU for agents whose `params` are large.
+    """Resolves "auto": vmap, except on a CPU for agents with networks.
 
-    `agent_state` (shapes) tells by its fields of that name, at any depth.
+    Those have a field named `params` in `agent_state` (shapes), at any depth. On 2 cores with 8
+    seeds map is 1.9 times as fast for DQN (64 x 64), 1.06 and 2.3 for SAC (64 x 64, 256 x 256), 0.9
+    for PPO (64 x 64, 16 environments); the tabular agents gain by vmap.
     """
     if mode not in SEED_MODES:
         raise InputError(f"seed_mode = {mode!r}: expected one of {', '.join(SEED_MODES)}")
     if mode != "auto":
         return mode
-    large = _LARGE < sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(agent_state)
-        if jax.tree_util.GetAttrKey("params") in path
+    has_networks = any(
+        jax.tree_util.GetAttrKey("params") in path
+        for path, _ in jax.tree_util.tree_leaves_with_path(agent_state)
     )
-    return "map" if large and jax.default_backend() == "cpu" else "vmap"
+    return "map" if has_networks and jax.default_backend() == "cpu" else "vmap"
 
 
 def check_memory(state: PyTree, seeds: int) -> None:

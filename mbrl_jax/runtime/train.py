@@ -84,7 +84,7 @@ def train(
         written without it.
       seed: of the key from which the runs' keys are split.
       seed_mode: "vmap" runs a device's seeds in one batch, "map" one after another, "auto" takes
-        map on a CPU for large networks.
+        map on a CPU for agents with networks.
       resume: go on from the newest checkpoint in `out`.
       progress: show steps/s and the newest return.
       **overrides: fields of the agent's config.
