@@ -54,6 +54,8 @@ class Config:
     adam_b1: float = ranged("[0, 1)", default=0.9)
     # discount factor
     gamma: float = ranged("[0, 1]", default=0.99)
+    # rewards are multiplied by it in the critics' targets
+    reward_scale: float = ranged("(0, inf)", default=1.0)
     # share of the new parameters in the target critics, after each gradient step
     tau: float = ranged("(0, 1]", default=0.005)
     # environments side by side
@@ -87,6 +89,9 @@ class Config:
     # bounds of the learned temperature, exp(-10) and exp(2)
     temperature_min: float = ranged("(0, inf)", default=4.5399931e-05)
     temperature_max: float = ranged("(0, inf)", default=7.3890562)
+    # correlation of the exploration's noise from one step to the next: 0 draws it anew, as SAC
+    # does; near 1 the actions sway slowly, while each alone still follows the policy
+    noise_correlation: float = ranged("[0, 1)", default=0.0)
     # entropy that the temperature aims at, for each dimension of the action in [-1, 1]
     target_entropy: float = -1.0
 
@@ -284,8 +289,9 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
                     pick = jax.tree.map(lambda leaf: leaf[subset], pick)
                 next_q = values(pick, None, batch.next_obs, next_action, target_key)
                 q, stats = values(critic, None, batch.obs, batch.action, key), None
+            reward = cfg.reward_scale * batch.reward
             target = jax.lax.stop_gradient(
-                critic_target(batch.reward, batch.discount, next_q, next_log_prob, temperature)
+                critic_target(reward, batch.discount, next_q, next_log_prob, temperature)
             )
             return critic_loss(q, target), (stats, jnp.mean(q))
 
@@ -378,12 +384,16 @@ def make(config: Config, spec: EnvSpec) -> Agent:
 
     def act(state: State, memory, obs, is_first, key, explore):
         policy = learner.policy(state.learner.params.actor, obs)
-        if explore:
-            noise = jax.random.normal(key, (obs.shape[0], *spec.action_shape))
-            action = policy.from_noise(noise)[0]
-        else:
-            action = policy.mode()
-        return spec.from_unit(action), memory, ()
+        if not explore:
+            return spec.from_unit(policy.mode()), memory, ()
+        # a process whose every value is standard normal (Uhlenbeck and Ornstein's); memory holds it
+        fresh = jax.random.normal(key, memory.shape)
+        rho = cfg.noise_correlation
+        memory = jnp.where(is_first[:, None], fresh, rho * memory + jnp.sqrt(1 - rho**2) * fresh)
+        return spec.from_unit(policy.from_noise(memory)[0]), memory, ()
+
+    def init_memory(num_envs: int) -> jax.Array:
+        return jnp.zeros((num_envs, *spec.action_shape))
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
         row = Transition(
@@ -401,10 +411,30 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         return state._replace(learner=moved), metrics
 
     schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
-    return Agent(init, lambda num_envs: (), act, observe, update, schedule)
+    return Agent(init, init_memory, act, observe, update, schedule)
 
 
-PRESETS: dict = {}
+_SMALL = {
+    "hidden": (64, 64),
+    "critic_hidden": (64, 64),
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "temperature_learning_rate": 1e-3,
+    "buffer_size": 100_000,
+    "warmup_steps": 1_000,
+}
+PRESETS = {
+    "Pendulum-v1": _SMALL,
+    "ContinuousCartPole-v0": {**_SMALL, "reward_scale": 0.1, "tau": 0.02, "layer_norm": True},
+    "MountainCarContinuous-v0": {
+        **_SMALL,
+        "tau": 0.02,
+        "layer_norm": True,
+        "noise_correlation": 0.99,
+    },
+    "Reacher-misc": _SMALL,
+    "PointRobot-misc": _SMALL,
+}
 
 AGENTS = {
     "sac": AgentDef(

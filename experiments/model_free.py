@@ -1,0 +1,316 @@
+"""The model-free agents on their benchmark environments: greedy return within a budget of steps.
+
+    python experiments/model_free.py
+    python experiments/model_free.py --long --only Breakout
+    python experiments/model_free.py --only "sac Pendulum-v1 10000"
+
+DQN, PPO and SAC with their presets (`PRESETS` in `mbrl_jax/agents/`), at least 10 seeds each. A
+target counts as met only if the statistic over seeds is there at the last evaluation within the
+budget; the best evaluation and the step from which on the target holds are reported beside it.
+
+Each row of RUNS is stored as soon as it has run, with the machine, date, settings and whole config
+that made it, and takes the place of an earlier result of the same row. Figure and table are drawn
+from all stored rows, so long ones can be made one by one; `--redraw` does only that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+import mbrl_jax
+from mbrl_jax.analysis.plots import PALETTE
+from mbrl_jax.analysis.stats import Interval, bootstrap_curve, iqm, mean
+
+# `common` loads gymnax, which starts the backend, so it waits until `main` has set the devices
+
+STATISTICS = {"IQM": iqm, "mean": mean}
+
+
+class Run(NamedTuple):
+    """One agent on one environment."""
+
+    agent: str
+    env: str
+    total_steps: int  # the budget; no evaluation after it counts
+    target: float | None  # at the last evaluation; None where there is nothing to reach
+    eval_every: int  # environment steps, rounded up to whole updates
+    eval_episodes: int = 20
+    statistic: Literal["IQM", "mean"] = "IQM"  # over seeds
+    overrides: Mapping[str, Any] = {}  # beyond the preset
+    long: bool = False  # only with --long
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.agent, *(f"{k}={v}" for k, v in self.overrides.items())])
+
+    @property
+    def label(self) -> str:
+        """Unique among the runs of an environment."""
+        return f"{self.name}, {EngFormatter(sep='')(self.total_steps)} steps"
+
+    @property
+    def key(self) -> str:
+        """Under which a result is stored, and what --only is compared with."""
+        rest = self.name.removeprefix(self.agent)
+        return f"{self.agent} {self.env} {self.total_steps}{rest}"
+
+
+RUNS = (
+    Run("dqn", "CartPole-v1", 100_000, 475, 5_000),
+    Run("ppo", "CartPole-v1", 200_000, 490, 10_000),
+    Run("dqn", "Catch-bsuite", 20_000, 0.95, 1_000),
+    Run("ppo", "Acrobot-v1", 500_000, -100, 25_000),
+    Run("ppo", "Pendulum-v1", 500_000, -250, 25_000),
+    Run("sac", "Pendulum-v1", 10_000, -200, 500),
+    Run("sac", "Pendulum-v1", 5_000, -180, 250, overrides={"updates": 4}),
+    Run("sac", "ContinuousCartPole-v0", 20_000, 475, 1_000),
+    Run("sac", "MountainCarContinuous-v0", 50_000, 90, 2_500),
+    Run("dqn", "Breakout-MinAtar", 1_000_000, 10, 50_000, long=True),
+    Run("ppo", "Breakout-MinAtar", 10_000_000, 20, 500_000, long=True),
+)
+
+QUICK = {  # fields of a run that only shows that everything works
+    "dqn": {"num_envs": 1, "warmup_steps": 64, "hidden": (16,)},
+    "ppo": {"num_envs": 4, "num_steps": 32, "minibatches": 2, "hidden": (16,)},
+    "sac": {"num_envs": 1, "warmup_steps": 64, "hidden": (16,), "critic_hidden": (16,)},
+}
+
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "font.size": 9,
+    "grid.color": "#E6E6E6",
+    "legend.fontsize": 8,
+    "legend.framealpha": 0.75,
+}
+
+
+def main(
+    seeds: int = 10,
+    out: Path = Path("experiments/results"),
+    only: str = "",
+    long: bool = False,
+    quick: bool = False,
+    redraw: bool = False,
+    cpu_devices: int | None = None,
+) -> None:
+    """DQN, PPO and SAC on the environments for which they have presets.
+
+    Args:
+      seeds: runs of each row.
+      out: folder of the figure and of the table.
+      only: a regular expression; rows match as "agent env steps overrides".
+      long: the rows of millions of steps, too.
+      quick: 2 seeds and a few hundred steps, into files of their own, to see that it runs.
+      redraw: train nothing, only draw anew what is stored.
+      cpu_devices: CPU devices to spread the seeds over; by default as many as there are cores, or
+        the next smaller number that divides the seeds.
+    """
+    started = time.perf_counter()
+    rows: Sequence[Run] = RUNS
+    if quick:
+        seeds = 2
+        rows = [r._replace(total_steps=512, eval_every=192, eval_episodes=2) for r in RUNS]
+    chosen = [r for r in rows if re.search(only, r.key) and (long or not r.long)]
+    if not chosen:
+        names = "\n  ".join(f"{r.key} (--long)" if r.long else r.key for r in rows)
+        raise SystemExit(f"--only {only!r} matches no row; there are\n  {names}")
+    if seeds < 1 or (cpu_devices is not None and cpu_devices < 1):
+        raise SystemExit(f"--seeds {seeds} --cpu-devices {cpu_devices}: expected 1 or more")
+    if cpu_devices is None:
+        cpu_devices = max(n for n in range(1, (os.cpu_count() or 1) + 1) if seeds % n == 0)
+    with contextlib.suppress(RuntimeError):  # a program that calls main may have started it
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    path = out / ("model_free_quick.json" if quick else "model_free.json")
+    if redraw:
+        save(path, rows, {}, seeds, started)
+        return
+    fields = [{**(QUICK[r.agent] if quick else {}), **r.overrides} for r in chosen]
+    # all of them before the first trains, so that a bad row is not found hours later
+    steps = [whole_periods(r, f) for r, f in zip(chosen, fields, strict=True)]
+    for row, overrides, total_steps in zip(chosen, fields, steps, strict=True):
+        print(f"{row.key}, {seeds} seeds", flush=True)
+        save(path, rows, {row.key: train(row, overrides, total_steps, seeds)}, seeds, started)
+
+
+def whole_periods(run: Run, overrides: Mapping[str, Any]) -> int:
+    """The most steps that end with an evaluation and are within the budget.
+
+    The loop rounds up to whole periods, which would go beyond it.
+    """
+    from mbrl_jax.runtime.loop import make_program
+
+    definition, env = mbrl_jax.AGENTS[run.agent], mbrl_jax.make_env(run.env)
+    try:
+        config = definition.config_for(run.env, **overrides)
+        plan = make_program(definition, env, config, run.total_steps, run.eval_every).plan
+    except mbrl_jax.InputError as error:
+        raise SystemExit(f"{run.key}: {error}") from None
+    ends = [plan.env_steps(period) for period in range(plan.periods)]
+    within = [end for end in ends if end <= run.total_steps]
+    if not within:
+        raise SystemExit(f"{run.key}: the first evaluation is at {ends[0]}; lower eval_every")
+    return within[-1]
+
+
+def train(run: Run, overrides: Mapping[str, Any], total_steps: int, seeds: int) -> dict[str, Any]:
+    """Trains all seeds; -> what is stored of them, as JSON has it."""
+    from mbrl_jax.runtime.logs import config_fields, describe_machine
+
+    started = time.perf_counter()
+    history = mbrl_jax.train(
+        run.agent,
+        run.env,
+        total_steps=total_steps,
+        seeds=seeds,
+        eval_every=run.eval_every,
+        eval_episodes=run.eval_episodes,
+        progress=True,
+        **overrides,
+    ).history
+    returns = history["eval_return"]
+    finite = np.isfinite(returns)
+    # a run that failed scores as the worst one, see `analysis.stats`
+    scores = np.where(finite, returns, returns.min(where=finite, initial=np.inf))
+    config = mbrl_jax.AGENTS[run.agent].config_for(run.env, **overrides)
+    settings = {
+        "seeds": seeds,
+        "trained_steps": total_steps,
+        "eval_every": run.eval_every,
+        "eval_episodes": run.eval_episodes,
+        "overrides": dict(run.overrides),
+        "config": config_fields(config),
+    }
+    wall = round(time.perf_counter() - started, 1)  # compilation and evaluations included
+    return {
+        "made": {**describe_machine(), "wall_seconds": wall, "settings": settings},
+        "failed_seeds": int((~finite).any(axis=1).sum()),
+        "env_steps": history["env_steps"].tolist(),
+        "eval_return": [[float(f"{score:.6g}") for score in seed] for seed in scores],
+    }
+
+
+def save(
+    path: Path, rows: Sequence[Run], new: Mapping[str, Any], seeds: int, started: float
+) -> None:
+    """Adds the results `new` to those stored in `path`; draws its figure and table from all."""
+    from common import report
+
+    from mbrl_jax.runtime.logs import write_whole
+
+    # read only now: meanwhile another process may have stored another row
+    stored = json.loads(path.read_text())["runs"] if path.exists() else {}
+    stored = {**stored, **new}
+    done = [row for row in rows if row.key in stored]  # in their order; those not listed go
+    if not done:
+        raise SystemExit(f"{path} holds no row to draw; train one first")
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in done:
+        record = stored[row.key]
+        band = bootstrap_curve(record["eval_return"], STATISTICS[row.statistic])
+        curve = {name: np.round(values, 6).tolist() for name, values in band._asdict().items()}
+        record |= {"statistic": row.statistic, "curve": curve}
+        tables.setdefault(row.env, {})[row.label] = summary(row, record)
+    runs = {row.key: stored[row.key] for row in done}
+    draw(done, runs, path.with_suffix(".png"))
+    report(path.parent, path.stem, tables, started, seeds=seeds)
+    whole = json.dumps({**json.loads(path.read_text()), "runs": runs}, indent=1)
+    # lists of numbers on one line each
+    whole = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), whole)
+    write_whole(path, whole + "\n")
+
+
+def summary(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+    """One column of the table."""
+    steps, curve = np.array(record["env_steps"]), Interval(*map(np.array, record["curve"].values()))
+    best = int(curve.point.argmax())
+    column = {
+        f"{run.statistic} at the end": Interval(*(float(values[-1]) for values in curve)),
+        "the end: environment steps": int(steps[-1]),
+        f"best {run.statistic}": float(curve.point[best]),
+        "best: environment steps": int(steps[best]),
+    }
+    if run.target is not None:
+        column["target"] = float(run.target)
+        column["target met at the end"] = bool(curve.point[-1] >= run.target)
+        column["target held from step"] = held_from(steps, curve.point, run.target)
+    column["seeds"] = len(record["eval_return"])
+    if record["failed_seeds"]:
+        column["seeds with returns that are not finite"] = record["failed_seeds"]
+    column["wall seconds"] = record["made"]["wall_seconds"]
+    return column
+
+
+def held_from(steps: np.ndarray, points: np.ndarray, target: float) -> float:
+    """The first step from which on no evaluation is below the target; infinity if there is none."""
+    below = np.flatnonzero(~(points >= target))
+    first = below[-1] + 1 if below.size else 0
+    return float(steps[first]) if first < len(steps) else math.inf
+
+
+def draw(rows: Sequence[Run], runs: Mapping[str, Any], path: Path) -> None:
+    """A panel for each environment: curves with their bands, dashed the targets up to the budget."""
+    panels: dict[str, list[Run]] = {}
+    for row in rows:
+        panels.setdefault(row.env, []).append(row)
+    names = list(dict.fromkeys(row.name for row in RUNS))  # one colour each in all panels
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(max(6.0, 3.9 * columns), 0.6 + 2.9 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, (env, group) in zip(grid, panels.items(), strict=False):
+            for row in group:
+                record, color = runs[row.key], PALETTE[names.index(row.name) % len(PALETTE)]
+                steps, curve = record["env_steps"], record["curve"]
+                label = row.label if row.target is None else f"{row.label}: {row.target:g}"
+                axes.fill_between(steps, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
+                axes.plot(steps, curve["point"], "o-", color=color, label=label, ms=2, lw=1.5)
+                if row.target is not None:
+                    ends = [steps[0], row.total_steps]
+                    axes.plot(ends, [row.target] * 2, "--", color=color, lw=1, marker="|")
+            budgets = [row.total_steps for row in group]
+            if max(budgets) >= 10 * min(budgets):
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_title(env)
+            axes.legend()
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        counts = sorted({len(runs[row.key]["eval_return"]) for row in rows})
+        statistics = " or ".join(sorted({row.statistic for row in rows}))
+        figure.supylabel("greedy return", fontsize=10)
+        figure.supxlabel(
+            f"environment steps\n{statistics} and 95 % bootstrap interval over "
+            f"{' or '.join(map(str, counts))} seeds; dashed: target, up to the budget",
+            fontsize=9,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # no version in it, so that the figure changes only with its data
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,419 @@
+"""Networks, the normaliser, the optimiser and the distributions against slow float64 references."""
+
+import itertools
+from functools import partial
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from probes import slopes
+from scipy import integrate, special, stats
+
+from mbrl_jax import make_env
+from mbrl_jax.nn import distributions as dist
+from mbrl_jax.nn import normaliser
+from mbrl_jax.nn.networks import MLP, BatchRenorm, Conv3x3, Torso, polyak, torso
+from mbrl_jax.nn.optimiser import adam
+from mbrl_jax.nn.schedules import linear
+from mbrl_jax.types import InputError
+
+LOGITS = np.array([0.3, -1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
+
+
+def dense(params, x, number=0):
+    layer = params["params"][f"Dense_{number}"]
+    return x @ np.float64(layer["kernel"]) + np.float64(layer["bias"])
+
+
+def test_mlp_has_its_layers_and_a_head_only_where_asked():
+    x = jnp.linspace(-1.0, 1.0, 30).reshape(2, 5, 3)
+    net = MLP((7, 4), 2, "tanh")
+    params = net.init(jax.random.key(0), x)
+    shapes = jax.tree.map(jnp.shape, params)["params"]
+    assert [shapes[f"Dense_{i}"]["kernel"] for i in range(3)] == [(3, 7), (7, 4), (4, 2)]
+    expected = np.float64(x)
+    for number in range(2):
+        expected = np.tanh(dense(params, expected, number))
+    bare = MLP((7, 4), None, "tanh").apply(params, x)
+    np.testing.assert_allclose(bare, expected, rtol=1e-5, atol=1e-6)
+    out, expected = net.apply(params, x), dense(params, expected, 2)
+    assert (out.shape, out.dtype) == ((2, 5, 2), jnp.float32)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_are_what_they_are_called():
+    x = np.linspace(-3, 3, 13)
+    expected = {
+        "relu": np.maximum(x, 0),
+        "tanh": np.tanh(x),
+        "swish": x * special.expit(x),
+        "elu": np.where(x > 0, x, np.expm1(x)),
+        "gelu": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    }
+    one = {"params": {"Dense_0": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
+    for name, values in expected.items():
+        got = MLP((1,), None, name).apply(one, jnp.float32(x)[:, None])[:, 0]
+        np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6, err_msg=name)
+    with pytest.raises(InputError, match="unknown activation 'rely'; did you mean 'relu'"):
+        MLP((1,), None, "rely").init(jax.random.key(0), jnp.ones((1, 1)))
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "lecun", "truncated_normal"])
+def test_initial_weights(name):
+    net = MLP((400,), 50, "relu", name, 2.0, 0.1)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 100)))["params"]
+    for layer, scale, (fan_in, fan_out) in (
+        (params["Dense_0"], 2.0, (100, 400)),
+        (params["Dense_1"], 0.1, (400, 50)),
+    ):
+        kernel = np.float64(layer["kernel"])
+        assert kernel.shape == (fan_in, fan_out)
+        assert not np.any(layer["bias"])
+        if name == "orthogonal":
+            gram = kernel.T @ kernel if fan_in >= fan_out else kernel @ kernel.T
+            np.testing.assert_allclose(gram, scale**2 * np.eye(len(gram)), atol=1e-5 * scale**2)
+            continue
+        cut = 0.87962566  # standard deviation of a normal that is cut at two
+        std = scale / np.sqrt(fan_in) * (1.0 if name == "lecun" else cut / 2)
+        assert kernel.std() == pytest.approx(std, rel=0.02)
+        assert abs(kernel.mean()) < 5 * std / np.sqrt(kernel.size)
+        assert 1.99 * std / cut < np.abs(kernel).max() <= 2.0001 * std / cut
+
+
+def test_layer_norm_stands_before_the_activation():
+    x = jax.random.normal(jax.random.key(1), (6, 3))
+    net = MLP((5,), None, layer_norm=True)
+    params = net.init(jax.random.key(0), x)
+    z = dense(params, np.float64(x))
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(net.apply(params, x), np.maximum(z, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_its_rate_is_traced():
+    width = 20_000
+    net = MLP((width,), None, dropout=True)
+    layer = {"kernel": jnp.zeros((1, width)), "bias": jnp.ones(width)}
+    traces = []
+
+    @jax.jit
+    def apply(rate, key):
+        traces.append(1)
+        x = jnp.zeros((1, 1))
+        return net.apply({"params": {"Dense_0": layer}}, x, rate, rngs={"dropout": key})[0]
+
+    np.testing.assert_array_equal(apply(0.0, jax.random.key(0)), np.ones(width))
+    for seed, rate in enumerate((0.1, 0.5, 0.9), start=1):
+        out = np.asarray(apply(rate, jax.random.key(seed)))
+        np.testing.assert_allclose(np.unique(out), [0.0, 1 / (1 - rate)], rtol=1e-6)
+        assert stats.binomtest(int((out == 0).sum()), width, rate).pvalue > 1e-4
+    assert len(traces) == 1
+
+
+def test_dropout_comes_before_layer_norm():
+    """The zeros of dropout take part in the normalisation, as DroQ has it."""
+    net = MLP((6,), None, dropout=True, layer_norm=True)
+    bias = jnp.arange(5.0, 11.0)
+    norm = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+    params = {"Dense_0": {"kernel": jnp.zeros((2, 6)), "bias": bias}, "LayerNorm_0": norm}
+    rngs = {"dropout": jax.random.key(2)}
+    got = np.asarray(net.apply({"params": params}, jnp.ones((1, 2)), 0.5, rngs=rngs))
+    kept = np.array(list(itertools.product((0.0, 2.0), repeat=6)))[1:-1]
+    z = np.float64(bias) * kept
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+    assert np.abs(np.maximum(z, 0) - got).max(-1).min() < 1e-3
+
+
+class SlowRenorm:
+    """Ioffe (2017), Algorithm 1, as CrossQ uses it; float64."""
+
+    def __init__(self, width, momentum, warmup):
+        self.mean, self.var, self.steps = np.zeros(width), np.ones(width), 0
+        self.momentum, self.warmup = momentum, warmup
+
+    def corrections(self, x):
+        std, running = np.sqrt(x.var(0) + 1e-3), np.sqrt(self.var + 1e-3)
+        r = np.clip(std / running, 1 / 3, 3)
+        d = np.clip((x.mean(0) - self.mean) / running, -5, 5)
+        return (r, d) if self.steps >= self.warmup else (np.ones_like(r), np.zeros_like(d))
+
+    def train(self, x):
+        r, d = self.corrections(x)
+        out = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) * r + d
+        self.mean = self.momentum * self.mean + (1 - self.momentum) * x.mean(0)
+        self.var = self.momentum * self.var + (1 - self.momentum) * x.var(0)
+        self.steps += 1
+        return out
+
+
+def test_batch_renorm_equals_a_slow_one():
+    net = BatchRenorm(momentum=0.9, warmup=3)
+    slow, rng = SlowRenorm(4, 0.9, 3), np.random.default_rng(0)
+    variables = net.init(jax.random.key(0), jnp.ones((8, 4)), True)
+    assert not variables["batch_stats"]["steps"], "the initialisation moves no statistics"
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(4))
+    scale, bias = np.array([1.0, 2.0, -1.0, 0.5]), np.array([0.0, 1.0, 2.0, 3.0])
+    params = {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}
+    moving = variables["batch_stats"]
+
+    @jax.jit
+    def train(x, moving):
+        variables = {"params": params, "batch_stats": moving}
+        return net.apply(variables, x, True, mutable=["batch_stats"])
+
+    clipped = set()
+    for step in range(12):
+        # the last columns leap, so that the corrections meet their bounds on either side
+        late = step > 4
+        size = np.array([1.0, 1.3, 100.0 if late and step % 2 else 0.01, 1.0])
+        shift = np.array([0.0, 0.3, 0.0, 50.0 * (-1) ** step if late else 0.0])
+        x = np.float32(rng.normal(size=(8, 4)) * size + shift)
+        r, d = slow.corrections(np.float64(x))
+        clipped |= {v for v in (*r, *d) if v in (3, 1 / 3, 5, -5)}
+        out, moved = train(x, moving)
+        moving = moved["batch_stats"]
+        expected = slow.train(np.float64(x)) * scale + bias
+        np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(moving["mean"], slow.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(moving["var"], slow.var, rtol=1e-4, atol=1e-5)
+        assert moving["steps"] == step + 1
+    assert clipped == {3, 1 / 3, 5, -5}
+    x = np.float32(rng.normal(size=(3, 4)))
+    out = net.apply({"params": params, "batch_stats": moving}, x, False)
+    expected = (x - slow.mean) / np.sqrt(slow.var + 1e-3) * scale + bias
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_corrections_of_batch_renorm_are_constants_to_the_gradient():
+    net, rng = BatchRenorm(warmup=0), np.random.default_rng(1)
+    x, weight = rng.normal(size=(5, 2)) * 1.5 + 0.4, rng.normal(size=(5, 2))
+    moving = {"mean": jnp.array([0.1, -0.2]), "var": jnp.array([0.8, 1.5]), "steps": jnp.float32(1)}
+    params = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+
+    def loss(x):
+        variables = {"params": params, "batch_stats": moving}
+        return jnp.sum(net.apply(variables, x, True, mutable=["batch_stats"])[0] * weight)
+
+    slow = SlowRenorm(2, 0.99, 0)
+    slow.mean, slow.var = np.float64(moving["mean"]), np.float64(moving["var"])
+    r, d = slow.corrections(x)
+    assert np.abs([r - 1, d]).min() > 0.05
+
+    def slow_loss(x):
+        return np.sum(((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) * r + d) * weight)
+
+    grad = jax.grad(loss)(jnp.float32(x))
+    np.testing.assert_allclose(grad, slopes(slow_loss, x), rtol=1e-3, atol=1e-4)
+
+
+def test_conv3x3_is_a_convolution_without_padding():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    net = Conv3x3(5)
+    params = net.init(jax.random.key(1), x)
+    kernel = params["params"]["Dense_0"]["kernel"].reshape(3, 3, 3, 5)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(net.apply(params, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torso_takes_every_kind_of_observation():
+    def features(net, obs):
+        return np.asarray(net.apply(net.init(jax.random.key(0), obs), obs))
+
+    one_hot = features(Torso((), 4), jnp.array([2, 0]))
+    np.testing.assert_array_equal(one_hot, [[0, 0, 1, 0], [1, 0, 0, 0]])
+    assert one_hot.dtype == np.float32
+    grid = jnp.arange(12).reshape(2, 2, 3)
+    for obs in (grid.astype(jnp.uint8), grid > 4, grid.astype(jnp.float32)):
+        flat = features(Torso((2, 3)), obs)
+        assert flat.dtype == np.float32
+        np.testing.assert_array_equal(flat, np.asarray(obs, np.float32).reshape(2, 6))
+    image = features(Torso((5, 6, 2)), jnp.arange(120).reshape(2, 5, 6, 2) % 7 > 3)
+    assert image.shape == (2, 3 * 4 * 16)
+    assert image.min() == 0, "ReLU after the convolution"
+    assert image.max() > 0
+    assert torso(make_env("FrozenLake-misc").spec).num_obs == 16
+    assert torso(make_env("CartPole-v1").spec) == Torso((4,), None)
+
+
+def test_polyak_is_the_moving_average():
+    new, old = {"a": jnp.array([1.0, 2.0]), "b": jnp.float32(4)}, {"a": jnp.zeros(2), "b": 2.0}
+    moved = polyak(new, old, 0.25)
+    assert moved["a"].tolist() == [0.25, 0.5]
+    assert moved["b"] == 2.5
+
+
+def slow_adam(theta, grads, rates, b1, b2, eps, longest, decay):
+    """Kingma and Ba (2015), Algorithm 1; with `decay` Loshchilov and Hutter (2019), Algorithm 2."""
+    m = v = np.zeros(len(theta))
+    for t, (grad, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        grad = grad * min(1.0, longest / np.sqrt(np.sum(grad**2)))
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+        move = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        theta = theta - rate * (move + decay * theta)
+        yield theta
+
+
+@pytest.mark.parametrize(("longest", "decay"), [(None, None), (0.7, None), (None, 0.1), (0.7, 0.1)])
+def test_adam_equals_a_slow_one(longest, decay):
+    rng = np.random.default_rng(0)
+    theta, grads, rates = rng.normal(size=5), rng.normal(size=(8, 5)), 0.1 / np.arange(1, 9)
+    grads *= 4.0 * np.arange(1, 9)[:, None] ** -1.5  # norms beyond 0.7 and later below it
+    optimiser = partial(adam, b1=0.8, b2=0.95, eps=1e-3, max_grad_norm=longest, weight_decay=decay)
+
+    @jax.jit
+    def step(fast, state, grads, rate):
+        moves, state = optimiser(rate).update(grads, state, fast)
+        return jax.tree.map(jnp.add, fast, moves), state
+
+    fast = {"a": jnp.float32(theta[:2]), "b": jnp.float32(theta[2:])}
+    state = optimiser(0.0).init(fast)
+    slow = slow_adam(theta, grads, rates, 0.8, 0.95, 1e-3, longest or np.inf, decay or 0.0)
+    for grad, rate, expected in zip(grads, rates, slow, strict=True):
+        grad = {"a": jnp.float32(grad[:2]), "b": jnp.float32(grad[2:])}
+        fast, state = step(fast, state, grad, rate)
+        got = np.concatenate([fast["a"], fast["b"]])
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_schedules_begin_and_end_where_they_should():
+    got = [float(linear(2.0, -1.0, 16.0, jnp.int32(step))) for step in (-3, 0, 4, 16, 17, 1000)]
+    assert got == pytest.approx([2.0, 2.0, 1.25, -1.0, -1.0, -1.0])
+    assert float(linear(2.0, -1.0, 0.0, jnp.int32(50))) == 2.0
+
+
+UPDATE = jax.jit(normaliser.update)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    chunks=st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=8),
+    offset=st.sampled_from([0.0, -3.0, 1000.0]),
+)
+def test_statistics_of_any_chunks_are_those_of_all_rows(seed, chunks, offset):
+    rng = np.random.default_rng(seed)
+    rows = np.float32(rng.normal(size=(sum(chunks), 3)) * [1.0, 10.0, 0.1] + offset)
+    running = normaliser.init((3,))
+    for chunk in np.split(rows, np.cumsum(chunks)[:-1]):
+        running = UPDATE(running, chunk)
+    rows = np.float64(rows)
+    assert running.count == len(rows)
+    np.testing.assert_allclose(running.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
+    slack = 1e-5 + 3e-8 * abs(offset)  # a float32 mean near 1000 is off by 6e-5
+    np.testing.assert_allclose(running.var, rows.var(0), rtol=1e-3, atol=slack)
+
+
+def test_normalised_rows_are_clipped_and_constants_become_zero():
+    fresh = normaliser.init((2,))
+    got = normaliser.normalise(fresh, jnp.array([[3.0, -7.0], [12.0, -80.0]]))
+    np.testing.assert_allclose(got, [[3.0, -7.0], [10.0, -10.0]], rtol=1e-6)
+    rows = jnp.array([[[1.0, 5.0], [3.0, 5.0]], [[1.0, 5.0], [3.0, 5.0]]])
+    running = normaliser.update(fresh, rows)
+    assert running.count == 4
+    got = normaliser.normalise(running, rows, clip=0.5)
+    np.testing.assert_array_equal(got, [[[-0.5, 0.0], [0.5, 0.0]]] * 2)
+
+
+def test_the_count_stops_and_old_rows_fade():
+    full = normaliser.Stats(jnp.zeros(()), jnp.ones(()), jnp.float32(2.0**24))
+    moved = normaliser.update(full, jnp.full(2**10, 100.0))
+    assert moved.count == 2.0**24
+    np.testing.assert_allclose(moved.mean, 100 * 2**10 / (2**24 + 2**10), rtol=1e-5)
+
+
+def slow_log_prob(u, noise, log_std):
+    """log N(u) - log(1 - tanh(u)**2), which is 2 (log 2 - |u| - log1p(exp(-2 |u|)))."""
+    squash = 2 * (np.log(2) - np.abs(u) - np.log1p(np.exp(-2 * np.abs(u))))
+    return np.sum(-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - squash, axis=-1)
+
+
+def test_tanh_normal_is_finite_and_exact_where_tanh_saturates():
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(-30, 30, size=(400, 2))
+    mean[:5] = [[0, 0], [30, -30], [-30, -30], [1e-4, -1e-4], [9.1, -9.1]]
+    log_std, noise = rng.uniform(-5, 1, size=mean.shape), rng.normal(size=mean.shape)
+    mean, log_std, noise = map(np.float32, (mean, log_std, noise))
+
+    @jax.jit
+    def density(mean, log_std, noise):
+        return dist.tanh_normal(mean, log_std).from_noise(noise)
+
+    action, log_prob = density(mean, log_std, noise)
+    mean64, log_std64, noise64 = map(np.float64, (mean, log_std, noise))
+    u = mean64 + np.exp(log_std64) * noise64
+    assert np.abs(u).max() > 29
+    np.testing.assert_allclose(action, np.tanh(u), rtol=1e-5, atol=1e-6)
+    expected = slow_log_prob(u, noise64, log_std64)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=2e-5)
+    grads = jax.jit(jax.grad(lambda *x: jnp.sum(density(*x)[1]), (0, 1)))(mean, log_std, noise)
+    slope = 2 * np.tanh(u)  # of -log(1 - tanh(u)**2)
+    np.testing.assert_allclose(grads[0], slope, rtol=1e-4, atol=1e-5)
+    expected = slope * noise64 * np.exp(log_std64) - 1
+    np.testing.assert_allclose(grads[1], expected, rtol=1e-4, atol=1e-5)
+    through = jax.grad(lambda *x: jnp.sum(density(*x)[0]), (0, 1))(mean, log_std, noise)
+    assert all(np.isfinite(grad).all() for grad in through)
+
+
+def test_density_of_tanh_normal_is_one_in_all_and_agrees_with_distrax():
+    policy = dist.tanh_normal(jnp.array([0.4]), jnp.array([-0.3]))
+    density = jax.jit(lambda action: jnp.exp(policy.log_prob(action[None])))
+    total, _ = integrate.quad(lambda a: float(density(np.float32(a))), -1, 1, epsabs=1e-5)
+    assert total == pytest.approx(1.0, abs=1e-3)
+    rng = np.random.default_rng(1)
+    noise = np.float32(rng.normal(size=(50, 3)))
+    mean, log_std = np.float32([0.2, -0.5, 0.0]), np.float32([-1.0, -0.5, -2.0])
+    policy = dist.tanh_normal(*(jnp.broadcast_to(x, (50, 3)) for x in (mean, log_std)))
+    action, of_noise = policy.from_noise(noise)
+    np.testing.assert_allclose(policy.log_prob(action), of_noise, rtol=1e-3, atol=1e-3)
+    normal = distrax.MultivariateNormalDiag(policy.mean_before, jnp.exp(policy.log_std))
+    theirs = distrax.Transformed(normal, distrax.Block(distrax.Tanh(), 1))
+    np.testing.assert_allclose(theirs.log_prob(action), of_noise, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(policy.mode()[0], np.tanh(mean), rtol=1e-6)
+    assert np.isfinite(policy.log_prob(jnp.array([[1.0, -1.0, 1.0]] * 50))).all()
+
+
+def test_densities_and_entropies_equal_scipy():
+    x, mean, std = np.random.default_rng(0).normal(size=(3, 4, 2))
+    std = np.abs(std) + 0.1
+    policy = dist.diagonal_normal(jnp.float32(mean), jnp.float32(std))
+    expected = stats.norm.logpdf(x, mean, std).sum(-1)
+    np.testing.assert_allclose(policy.log_prob(jnp.float32(x)), expected, rtol=1e-4, atol=1e-4)
+    expected = stats.norm.entropy(mean, std).sum(-1)
+    np.testing.assert_allclose(policy.entropy(), expected, rtol=1e-5, atol=1e-5)
+    policy, p = dist.categorical(jnp.asarray(LOGITS)), special.softmax(np.float64(LOGITS))
+    np.testing.assert_allclose(policy.entropy(), stats.entropy(p), rtol=1e-5)
+    for action in (0, 1, 3, 4):
+        np.testing.assert_allclose(policy.log_prob(action), np.log(p[action]), rtol=1e-5)
+    assert policy.log_prob(2) == -np.inf
+    assert policy.mode() == 3
+
+
+def test_categorical_samples_have_their_probabilities():
+    uniform = jax.random.uniform(jax.random.key(0), (100_000,))
+    drawn = jax.jit(dist.sample_categorical)(jnp.broadcast_to(LOGITS, (100_000, 6)), uniform)
+    assert drawn.dtype == jnp.int32
+    counts, p = np.bincount(drawn, minlength=6), special.softmax(np.float64(LOGITS))
+    assert stats.chisquare(counts[p > 0], 100_000 * p[p > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("num_actions", [6, 300])
+def test_what_has_no_probability_is_never_drawn(num_actions):
+    """At 0, just below 1, and where the sums of two neighbours meet."""
+    rng = np.random.default_rng(0)
+    logits = np.float32(rng.normal(size=(500, num_actions)))
+    logits[rng.random(logits.shape) < 0.3] = -np.inf
+    logits[:100, 0] = logits[100:200, -1] = -np.inf
+    logits[:, 1] = 0.0
+    sums = np.cumsum(special.softmax(np.float64(logits), axis=-1), axis=-1)
+    draw = jax.jit(dist.sample_categorical)
+    for nudge in np.arange(-4, 5) * 2.0**-24:
+        uniform = np.clip(np.round(sums * 2**24) * 2.0**-24 + nudge, 0.0, 1 - 2.0**-24)
+        uniform[:, 0], uniform[:, -1] = 0.0, 1 - 2.0**-24
+        for column in range(0, num_actions, max(1, num_actions // 60)):
+            drawn = np.asarray(draw(logits, np.float32(uniform[:, column])))
+            assert np.isfinite(logits[np.arange(500), drawn]).all()
