@@ -89,6 +89,7 @@ class Cell(NamedTuple):
         return self.batch_size * (4 * net(obs, 2 * actions) + 12 * net(obs + actions, 1))
 
 
+# rejax's configs are those of its repository; step sizes and discounts, which cost nothing, aside
 CARTPOLE = {"env": "CartPole-v1", "learning_rate": 1e-3}
 CELLS = (
     Cell("dqn, 1 env", "dqn", **CARTPOLE, steps=(12_000, 3_000), activation="relu",

@@ -48,7 +48,7 @@ class Run(NamedTuple):
     env: str
     total_steps: int  # the budget; no evaluation after it counts
     target: float | None  # at the last evaluation; None where there is nothing to reach
-    eval_every: int  # environment steps, rounded up to whole updates
+    eval_every: int  # environment steps, or somewhat less; see `fitted`
     eval_episodes: int = 20
     statistic: Literal["IQM", "mean"] = "IQM"  # over seeds
     overrides: Mapping[str, Any] = {}  # beyond the preset
@@ -95,12 +95,10 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "font.size": 9,
     "grid.color": "#E6E6E6",
-    "legend.fontsize": 8,
-    "legend.framealpha": 0.75,
+    "legend.fontsize": 7.5,
 }
 
 
@@ -126,14 +124,13 @@ def main(
         the next smaller number that divides the seeds.
     """
     started = time.perf_counter()
-    rows: Sequence[Run] = RUNS
+    seeds, rows = (2 if quick else seeds), RUNS
     if quick:
-        seeds = 2
-        rows = [r._replace(total_steps=512, eval_every=192, eval_episodes=2) for r in RUNS]
+        rows = tuple(r._replace(total_steps=512, eval_every=192, eval_episodes=2) for r in RUNS)
     chosen = [r for r in rows if re.search(only, r.key) and (long or not r.long)]
     if not chosen:
-        names = "\n  ".join(f"{r.key} (--long)" if r.long else r.key for r in rows)
-        raise SystemExit(f"--only {only!r} matches no row; there are\n  {names}")
+        names = "\n".join(f"  {r.key}{' (--long)' if r.long else ''}" for r in rows)
+        raise SystemExit(f"--only {only!r} matches no row; there are\n{names}")
     if seeds < 1 or (cpu_devices is not None and cpu_devices < 1):
         raise SystemExit(f"--seeds {seeds} --cpu-devices {cpu_devices}: expected 1 or more")
     if cpu_devices is None:
@@ -144,67 +141,57 @@ def main(
     if redraw:
         save(path, rows, {}, seeds, started)
         return
-    fields = [{**(QUICK[r.agent] if quick else {}), **r.overrides} for r in chosen]
     # all of them before the first trains, so that a bad row is not found hours later
-    steps = [whole_periods(r, f) for r, f in zip(chosen, fields, strict=True)]
-    for row, overrides, total_steps in zip(chosen, fields, steps, strict=True):
+    trained = [fitted(row, QUICK[row.agent] if quick else {}) for row in chosen]
+    for row, exact in zip(chosen, trained, strict=True):
         print(f"{row.key}, {seeds} seeds", flush=True)
-        save(path, rows, {row.key: train(row, overrides, total_steps, seeds)}, seeds, started)
+        save(path, rows, {row.key: train(exact, seeds)}, seeds, started)
 
 
-def whole_periods(run: Run, overrides: Mapping[str, Any]) -> int:
-    """The most steps that end with an evaluation and are within the budget.
+def fitted(run: Run, fields: Mapping[str, Any]) -> Run:
+    """The run with an evaluation at the end of its budget, or as few updates before as can be.
 
-    The loop rounds up to whole periods, which would go beyond it.
+    The loop rounds up to whole periods, which would go beyond the budget; at most half as many
+    evaluations again are made to come close to it. `fields` of the config yield to the overrides.
     """
     from mbrl_jax.runtime.loop import make_program
 
+    overrides = {**fields, **run.overrides}
     definition, env = mbrl_jax.AGENTS[run.agent], mbrl_jax.make_env(run.env)
     try:
         config = definition.config_for(run.env, **overrides)
         plan = make_program(definition, env, config, run.total_steps, run.eval_every).plan
     except mbrl_jax.InputError as error:
         raise SystemExit(f"{run.key}: {error}") from None
-    ends = [plan.env_steps(period) for period in range(plan.periods)]
-    within = [end for end in ends if end <= run.total_steps]
-    if not within:
-        raise SystemExit(f"{run.key}: the first evaluation is at {ends[0]}; lower eval_every")
-    return within[-1]
+    start, unit = plan.num_envs * plan.warmup, plan.num_envs * plan.steps_per_update
+    updates = (run.total_steps - start) // unit
+    if updates < 1:
+        raise SystemExit(f"{run.key}: the first update is at step {start + unit}, past the budget")
+    least = min(updates, max(1, updates * unit // run.eval_every))
+    count = max(range(least, least * 3 // 2 + 1), key=lambda n: updates // n * n)
+    every = updates // count * unit
+    return run._replace(total_steps=start + count * every, eval_every=every, overrides=overrides)
 
 
-def train(run: Run, overrides: Mapping[str, Any], total_steps: int, seeds: int) -> dict[str, Any]:
+def train(run: Run, seeds: int) -> dict[str, Any]:
     """Trains all seeds; -> what is stored of them, as JSON has it."""
     from mbrl_jax.runtime.logs import config_fields, describe_machine
 
     started = time.perf_counter()
-    history = mbrl_jax.train(
-        run.agent,
-        run.env,
-        total_steps=total_steps,
-        seeds=seeds,
-        eval_every=run.eval_every,
-        eval_episodes=run.eval_episodes,
-        progress=True,
-        **overrides,
-    ).history
-    returns = history["eval_return"]
+    options = {name: getattr(run, name) for name in ("total_steps", "eval_every", "eval_episodes")}
+    options["seeds"] = seeds
+    result = mbrl_jax.train(run.agent, run.env, progress=True, **options, **run.overrides)
+    returns = result.history["eval_return"]
     finite = np.isfinite(returns)
     # a run that failed scores as the worst one, see `analysis.stats`
     scores = np.where(finite, returns, returns.min(where=finite, initial=np.inf))
-    config = mbrl_jax.AGENTS[run.agent].config_for(run.env, **overrides)
-    settings = {
-        "seeds": seeds,
-        "trained_steps": total_steps,
-        "eval_every": run.eval_every,
-        "eval_episodes": run.eval_episodes,
-        "overrides": dict(run.overrides),
-        "config": config_fields(config),
-    }
+    config = mbrl_jax.AGENTS[run.agent].config_for(run.env, **run.overrides)
+    settings = {**options, "config": config_fields(config)}
     wall = round(time.perf_counter() - started, 1)  # compilation and evaluations included
     return {
         "made": {**describe_machine(), "wall_seconds": wall, "settings": settings},
         "failed_seeds": int((~finite).any(axis=1).sum()),
-        "env_steps": history["env_steps"].tolist(),
+        "env_steps": result.history["env_steps"].tolist(),
         "eval_return": [[float(f"{score:.6g}") for score in seed] for seed in scores],
     }
 
@@ -223,7 +210,7 @@ def save(
     done = [row for row in rows if row.key in stored]  # in their order; those not listed go
     if not done:
         raise SystemExit(f"{path} holds no row to draw; train one first")
-    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    tables: Any = {}
     for row in done:
         record = stored[row.key]
         band = bootstrap_curve(record["eval_return"], STATISTICS[row.statistic])
@@ -231,12 +218,12 @@ def save(
         record |= {"statistic": row.statistic, "curve": curve}
         tables.setdefault(row.env, {})[row.label] = summary(row, record)
     runs = {row.key: stored[row.key] for row in done}
-    draw(done, runs, path.with_suffix(".png"))
     report(path.parent, path.stem, tables, started, seeds=seeds)
     whole = json.dumps({**json.loads(path.read_text()), "runs": runs}, indent=1)
     # lists of numbers on one line each
     whole = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), whole)
     write_whole(path, whole + "\n")
+    draw(done, runs, path.with_suffix(".png"))
 
 
 def summary(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,13 +255,12 @@ def held_from(steps: np.ndarray, points: np.ndarray, target: float) -> float:
 
 
 def draw(rows: Sequence[Run], runs: Mapping[str, Any], path: Path) -> None:
-    """A panel for each environment: curves with their bands, dashed the targets up to the budget."""
+    """A panel for each environment: curves with bands; dashed, the targets up to the budget."""
     panels: dict[str, list[Run]] = {}
     for row in rows:
         panels.setdefault(row.env, []).append(row)
     names = list(dict.fromkeys(row.name for row in RUNS))  # one colour each in all panels
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(max(6.0, 3.9 * columns), 0.6 + 2.9 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -282,34 +268,31 @@ def draw(rows: Sequence[Run], runs: Mapping[str, Any], path: Path) -> None:
             for row in group:
                 record, color = runs[row.key], PALETTE[names.index(row.name) % len(PALETTE)]
                 steps, curve = record["env_steps"], record["curve"]
-                label = row.label if row.target is None else f"{row.label}: {row.target:g}"
+                label = row.label if row.target is None else f"{row.label}, target {row.target:g}"
                 axes.fill_between(steps, curve["low"], curve["high"], color=color, alpha=0.18, lw=0)
                 axes.plot(steps, curve["point"], "o-", color=color, label=label, ms=2, lw=1.5)
                 if row.target is not None:
-                    ends = [steps[0], row.total_steps]
-                    axes.plot(ends, [row.target] * 2, "--", color=color, lw=1, marker="|")
+                    axes.hlines(row.target, steps[0], row.total_steps, color, "--", lw=1)
             budgets = [row.total_steps for row in group]
             if max(budgets) >= 10 * min(budgets):
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter(NullFormatter())
             else:
+                axes.set_xlim(left=0)
                 axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_title(env)
             axes.legend()
         for axes in grid[len(panels) :]:
             axes.remove()
-        counts = sorted({len(runs[row.key]["eval_return"]) for row in rows})
-        statistics = " or ".join(sorted({row.statistic for row in rows}))
-        figure.supylabel("greedy return", fontsize=10)
-        figure.supxlabel(
-            f"environment steps\n{statistics} and 95 % bootstrap interval over "
-            f"{' or '.join(map(str, counts))} seeds; dashed: target, up to the budget",
-            fontsize=9,
-        )
+        seeds = " or ".join(sorted({str(len(runs[row.key]["eval_return"])) for row in rows}))
+        names = " or ".join(sorted({row.statistic for row in rows}))
+        note = f"{names} and 95 % bootstrap interval over {seeds} seeds; dashed: targets"
+        figure.supxlabel(f"environment steps\n{note}", fontsize=9)
+        figure.supylabel("greedy return", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # no version in it, so that the figure changes only with its data
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        # without the version, so that it changes only with its data
+        figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

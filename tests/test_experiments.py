@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import dyna_frozenlake
 import dyna_mazes
+import model_free
 from common import per_episode
 
 nan = np.nan
@@ -114,3 +115,54 @@ def test_moving_maze(tmp_path):
     exact = tables["exact ε-greedy optimum"]
     assert exact["before"]["reward per 1000 steps"] == pytest.approx(88.8, abs=0.05)
     assert exact["after"]["reward per 1000 steps"] == pytest.approx(55.8, abs=0.05)
+
+
+def test_model_free_rows_merge_and_redraw(tmp_path):
+    first, second = "ppo Pendulum-v1 512", "sac Pendulum-v1 512 updates=4"
+    file = tmp_path / "model_free_quick.json"
+    model_free.main(out=tmp_path, only=first, quick=True)
+    alone = json.loads(file.read_text())["runs"]
+    assert list(alone) == [first]
+    model_free.main(out=tmp_path, only="Pendulum.*updates", quick=True)
+    whole = json.loads(file.read_text())
+    assert list(whole["runs"]) == [first, second]
+    assert whole["runs"][first] == alone[first]
+    (columns,) = whole["tables"].values()
+    for record, column in zip(whole["runs"].values(), columns.values(), strict=True):
+        assert np.shape(record["eval_return"]) == (2, 2)
+        assert record["env_steps"][-1] <= 512
+        curve, last = record["curve"], column["IQM at the end"]
+        assert np.shape(list(curve.values())) == (3, 2)
+        assert [last[name] for name in curve] == [values[-1] for values in curve.values()]
+        assert -2000 < last["low"] <= last["point"] <= last["high"] < -200
+        assert column["target met at the end"] is False
+        assert column["target held from step"] is None
+        assert record["made"]["settings"]["config"]["hidden"] == [16]
+    assert whole["runs"][second]["made"]["settings"]["config"]["updates"] == 4
+    figure = tmp_path / "model_free_quick.png"
+    before = figure.read_bytes()
+    figure.unlink()
+    model_free.main(out=tmp_path, quick=True, redraw=True)
+    assert figure.read_bytes() == before
+    again = json.loads(file.read_text())
+    assert (again["runs"], again["tables"]) == (whole["runs"], whole["tables"])
+
+
+def test_model_free_runs_end_within_their_budgets():
+    for run in model_free.RUNS:
+        exact = model_free.fitted(run, {})
+        assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
+        assert exact.eval_every <= run.eval_every
+    with pytest.raises(SystemExit, match="matches no row; there are\n  dqn CartPole-v1 100000\n"):
+        model_free.main(only="ppo Breakout")  # without --long
+    short = model_free.RUNS[0]._replace(total_steps=1001)
+    with pytest.raises(SystemExit, match="first update is at step 1016, past the budget"):
+        model_free.fitted(short, {"num_envs": 4, "warmup_steps": 1000, "steps_per_update": 4})
+
+
+def test_model_free_target_must_hold_to_the_end():
+    steps = np.array([10, 20, 30])
+    assert model_free.held_from(steps, np.array([1.0, 2.0, 3.0]), 2.0) == 20
+    assert model_free.held_from(steps, np.array([2.0, 1.0, 3.0]), 2.0) == 30
+    assert model_free.held_from(steps, np.array([2.0, 2.0, 2.0]), 2.0) == 10
+    assert model_free.held_from(steps, np.array([3.0, 3.0, 1.0]), 2.0) == np.inf

@@ -265,7 +265,36 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     return Agent(init, lambda num_envs: (), act, observe, update, schedule)
 
 
-PRESETS: dict = {}
+_SMALL = {
+    "hidden": (64, 64),
+    "learning_rate": 5e-4,
+    "adam_eps": 1e-8,
+    "batch_size": 64,
+    "warmup_steps": 1_000,
+    "steps_per_update": 1,
+    "target_period": 200,
+    "epsilon_steps": 10_000.0,
+    "importance_steps": 100_000.0,
+}
+# replay, batch and target period of Young and Tian (2019)
+_MINATAR = {
+    "hidden": (128,),
+    "learning_rate": 2.5e-4,
+    "target_period": 1_000,
+    "epsilon_steps": 100_000.0,
+}
+PRESETS = {
+    "CartPole-v1": _SMALL,
+    "Acrobot-v1": _SMALL,
+    "MountainCar-v0": {**_SMALL, "epsilon_steps": 50_000.0},
+    "Catch-bsuite": {**_SMALL, "target_period": 100, "epsilon_steps": 5_000.0},
+    "DeepSea-bsuite": {**_SMALL, "target_period": 100, "epsilon_steps": 50_000.0},
+    "Asterix-MinAtar": _MINATAR,
+    "Breakout-MinAtar": _MINATAR,
+    "Freeway-MinAtar": _MINATAR,
+    "Seaquest-MinAtar": _MINATAR,
+    "SpaceInvaders-MinAtar": _MINATAR,
+}
 
 AGENTS = {
     "dqn": AgentDef("dqn", "DQN with the parts of Rainbow as switches", Config(), make, PRESETS)

@@ -44,7 +44,8 @@ class Config:
     # widths of the hidden layers of the actor and of the critic
     hidden: tuple[int, ...] = (64, 64)
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "tanh"
-    # Adam's step size and epsilon, and the global norm to which gradients are clipped
+    # Adam's step size and epsilon, and the global norm to which the gradient of the actor and that
+    # of the critic are clipped, each by itself: they share no weights, and the critic's would rule
     learning_rate: float = ranged("(0, inf)", default=3e-4)
     adam_eps: float = ranged("(0, inf)", default=1e-5)
     max_grad_norm: float = ranged("(0, inf)", default=0.5)
@@ -103,7 +104,7 @@ class Params(NamedTuple):
 
 class State(NamedTuple):
     params: Params
-    opt: PyTree
+    opt: Params  # the optimiser's state of each part
     rollout: PyTree
     obs_stats: Stats | None
     return_stats: Stats | None
@@ -237,7 +238,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
         return State(
             params=params,
-            opt=optimiser(0).init(params),
+            opt=Params(*map(optimiser(0).init, params)),
             rollout=rollout.init(),
             obs_stats=normaliser.init(spec.obs_shape) if cfg.normalise_obs else None,
             return_stats=normaliser.init(()) if cfg.normalise_reward else None,
@@ -274,15 +275,15 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         order = order.reshape(cfg.epochs * cfg.minibatches, -1)
         optimise = optimiser((t + 1) * cfg.num_envs)
 
-        def one(carry: tuple[Params, PyTree], index: jax.Array):
+        def one(carry: tuple[Params, Params], index: jax.Array):
             params, opt = carry
             chosen = layout.unpack({
                 name: matrix.at[index].get(mode="promise_in_bounds")
                 for name, matrix in rows.items()
             })  # fmt: skip
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, chosen)
-            step, opt = optimise.update(grads, opt, params)
-            return (jax.tree.map(jnp.add, params, step), opt), metrics
+            steps, opt = zip(*map(optimise.update, grads, opt, params), strict=True)
+            return (jax.tree.map(jnp.add, params, Params(*steps)), Params(*opt)), metrics
 
         (params, opt), metrics = jax.lax.scan(one, (state.params, state.opt), order)
         return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
@@ -341,7 +342,46 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     return Agent(init, lambda num_envs: (), act, observe, update, schedule)
 
 
-PRESETS: dict = {}
+_SMALL = {"learning_rate": 1e-3, "num_steps": 64, "anneal_steps": 500_000.0}
+_CONTINUOUS = {
+    "learning_rate": 1e-3,
+    "anneal_steps": 500_000.0,
+    "num_envs": 32,
+    "epochs": 10,
+    "minibatches": 8,
+    "normalise_obs": True,
+    "normalise_reward": True,
+}
+_MINATAR = {
+    "hidden": (64,),
+    "activation": "relu",
+    "learning_rate": 1e-3,
+    "num_envs": 64,
+    "minibatches": 8,
+    "entropy_coef": 0.01,
+}
+PRESETS = {
+    "CartPole-v1": {**_SMALL, "anneal_steps": 200_000.0},
+    "Acrobot-v1": {**_SMALL, "entropy_coef": 0.01},
+    "MountainCar-v0": {**_SMALL, "entropy_coef": 0.01, "normalise_obs": True},
+    "Catch-bsuite": {**_SMALL, "entropy_coef": 0.01},
+    "DeepSea-bsuite": {**_SMALL, "entropy_coef": 0.05},
+    "Asterix-MinAtar": _MINATAR,
+    "Breakout-MinAtar": _MINATAR,
+    "Freeway-MinAtar": _MINATAR,
+    "Seaquest-MinAtar": _MINATAR,
+    "SpaceInvaders-MinAtar": _MINATAR,
+    "Pendulum-v1": {**_CONTINUOUS, "gamma": 0.9},
+    "MountainCarContinuous-v0": {
+        **_CONTINUOUS,
+        "num_envs": 16,
+        "num_steps": 256,
+        "entropy_coef": 0.01,
+    },
+    "ContinuousCartPole-v0": _CONTINUOUS,
+    "Reacher-misc": _CONTINUOUS,
+    "PointRobot-misc": _CONTINUOUS,
+}
 
 AGENTS = {
     "ppo": AgentDef("ppo", "PPO: clipped on-policy actor-critic", Config(), make, PRESETS)

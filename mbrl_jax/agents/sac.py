@@ -226,16 +226,16 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
     temperature_opt = adam(cfg.temperature_learning_rate, b1=cfg.adam_b1)
 
     def init(key: jax.Array) -> LearnerState:
-        actor_key, *critic_keys = jax.random.split(key, 1 + num_critics)
+        keys = jax.random.split(key, 1 + num_critics)
         obs, action = jnp.zeros((1, *spec.obs_shape), spec.obs_dtype), jnp.zeros((1, size))
 
         def one(key: jax.Array) -> PyTree:
             keys = jax.random.split(key)
             return critic_net.init({"params": keys[0], "dropout": keys[1]}, obs, action)
 
-        critics = jax.vmap(one)(jnp.stack(critic_keys))
+        critics = jax.vmap(one)(keys[1:])
         params = Params(
-            actor_net.init(actor_key, obs), critics["params"], jnp.log(jnp.float32(cfg.temperature))
+            actor_net.init(keys[0], obs), critics["params"], jnp.log(jnp.float32(cfg.temperature))
         )
         opt = Params(
             actor_opt.init(params.actor),

@@ -52,7 +52,7 @@ class MLP(linen.Module):
     hidden: tuple[int, ...]
     out: int | None = None
     activation: str = "relu"
-    init: str = "lecun"  # of INITIALISERS
+    kernel_init: str = "lecun"  # of INITIALISERS
     scale: float = 1.0  # of the hidden layers' initial weights
     out_scale: float = 1.0  # of the head's
     layer_norm: bool = False
@@ -63,7 +63,7 @@ class MLP(linen.Module):
     def __call__(
         self, x: jax.Array, dropout_rate: Scalar = 0.0, train: bool = False
     ) -> jax.Array:
-        act, init = activation(self.activation), INITIALISERS[self.init]
+        act, init = activation(self.activation), INITIALISERS[self.kernel_init]
         if self.batch_renorm:
             x = BatchRenorm()(x, train)
         for width in self.hidden:

@@ -31,4 +31,5 @@ def adam(
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    # one vector of all parameters: a small network has more leaves than work
+    return optax.flatten(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
