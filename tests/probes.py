@@ -140,24 +140,27 @@ def quick(function, **kwargs):
 
 
 def first_gradient(opt, b1=0.9):
-    """What Adam was given at its first step."""
-    moment = optax.tree_utils.tree_get(opt, "mu")
-    return jax.tree.map(lambda m: np.float64(m) / (1 - b1), moment)
+    """What Adam was given at its first step, all leaves as one vector."""
+    return _vector(optax.tree_utils.tree_get(opt, "mu")) / (1 - b1)
+
+
+def _vector(tree):
+    return np.concatenate([np.float64(leaf).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 def slopes(loss, params):
-    """The gradient of `loss` by central differences, float64."""
+    """The gradient of `loss` by central differences in float64, as one vector."""
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.array(x, np.float64), params))
-    grads = [np.zeros(leaf.shape) for leaf in leaves]
-    for leaf, grad in zip(leaves, grads, strict=True):
+    grads = []
+    for leaf in leaves:
         for place in np.ndindex(*leaf.shape):
-            old = leaf[place]
-            leaf[place] = old + 1e-5
-            above = loss(jax.tree.unflatten(structure, leaves))
-            leaf[place] = old - 1e-5
-            grad[place] = (above - loss(jax.tree.unflatten(structure, leaves))) / 2e-5
+            old, values = leaf[place], []
+            for step in (1e-5, -1e-5):
+                leaf[place] = old + step
+                values.append(loss(jax.tree.unflatten(structure, leaves)))
             leaf[place] = old
-    return jax.tree.unflatten(structure, grads)
+            grads.append((values[0] - values[1]) / 2e-5)
+    return np.array(grads)
 
 
 def assert_near(a, b, rtol=2e-3, atol=2e-5):

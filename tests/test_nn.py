@@ -206,7 +206,7 @@ def test_the_corrections_of_batch_renorm_are_constants_to_the_gradient():
         return np.sum(((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) * r + d) * weight)
 
     grad = jax.grad(loss)(jnp.float32(x))
-    np.testing.assert_allclose(grad, slopes(slow_loss, x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(grad.ravel(), slopes(slow_loss, x), rtol=1e-3, atol=1e-4)
 
 
 def test_conv3x3_is_a_convolution_without_padding():
