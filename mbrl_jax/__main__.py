@@ -81,7 +81,7 @@ class CompareOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 2 for bad input, 3 for divergence, 128 + n for signal n."""
+    """Runs the command line; -> 0, 2 for bad input, 3 for divergence, 128 + n for signal n."""
     args = list(sys.argv[1:] if argv is None else argv)
     commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "list": _list}
     try:

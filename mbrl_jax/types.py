@@ -112,10 +112,19 @@ class EnvSpec:
         low, high = self.bounds(action.ndim)
         return 2.0 * (action - low) / (high - low) - 1.0
 
+    def check_bounded(self, agent: str) -> None:
+        """Raises InputError where a bound of the continuous actions is not finite."""
+        ends = (self.action_low or ()) + (self.action_high or ())
+        if not np.all(np.isfinite(ends)):
+            raise InputError(
+                f"{agent} needs bounded actions; {self.id} has {self.action_low} to "
+                f"{self.action_high}; wrap it so that they are finite"
+            )
+
     def bounds(self, ndim: int) -> tuple[np.ndarray, np.ndarray]:
         """`action_low` and `action_high` as float32 with `ndim` axes, the last of size D."""
         shape = (1,) * (ndim - 1) + (-1,)
-        low, high = np.float32(self.action_low), np.float32(self.action_high)
+        low, high = (np.asarray(ends, np.float32) for ends in (self.action_low, self.action_high))
         return low.reshape(shape), high.reshape(shape)
 
 

@@ -302,7 +302,7 @@ def test_statistics_of_any_chunks_are_those_of_all_rows(seed, chunks, offset):
     for chunk in np.split(rows, np.cumsum(chunks)[:-1]):
         running = UPDATE(running, chunk)
     rows = np.float64(rows)
-    assert running.count == len(rows)
+    assert running.seen == len(rows)
     np.testing.assert_allclose(running.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
     slack = 1e-5 + 3e-8 * abs(offset)  # a float32 mean near 1000 is off by 6e-5
     np.testing.assert_allclose(running.var, rows.var(0), rtol=1e-3, atol=slack)
@@ -314,7 +314,7 @@ def test_normalised_rows_are_clipped_and_constants_become_zero():
     np.testing.assert_allclose(got, [[3.0, -7.0], [10.0, -10.0]], rtol=1e-6)
     rows = jnp.array([[[1.0, 5.0], [3.0, 5.0]], [[1.0, 5.0], [3.0, 5.0]]])
     running = normaliser.update(fresh, rows)
-    assert running.count == 4
+    assert running.seen == 4
     got = normaliser.normalise(running, rows, clip=0.5)
     np.testing.assert_array_equal(got, [[[-0.5, 0.0], [0.5, 0.0]]] * 2)
 
@@ -322,7 +322,7 @@ def test_normalised_rows_are_clipped_and_constants_become_zero():
 def test_the_count_stops_and_old_rows_fade():
     full = normaliser.Stats(jnp.zeros(()), jnp.ones(()), jnp.float32(2.0**24))
     moved = normaliser.update(full, jnp.full(2**10, 100.0))
-    assert moved.count == 2.0**24
+    assert moved.seen == 2.0**24
     np.testing.assert_allclose(moved.mean, 100 * 2**10 / (2**24 + 2**10), rtol=1e-5)
 
 

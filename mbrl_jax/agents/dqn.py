@@ -17,7 +17,6 @@ from flax import linen
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import prioritised, ring
-from mbrl_jax.data.prioritised import Priorities
 from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.nn.networks import MLP, polyak, torso
 from mbrl_jax.nn.optimiser import adam
@@ -91,7 +90,7 @@ class State(NamedTuple):
     target: PyTree
     opt: PyTree
     replay: PyTree
-    priorities: Priorities | None  # only with prioritised replay
+    priorities: PyTree  # Priorities; None without prioritised replay
     step: jax.Array  # int32, environment steps so far
 
 
@@ -158,13 +157,11 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     window = cfg.n_step * cfg.num_envs
     for name, value in (("buffer_size", cfg.buffer_size), ("warmup_steps", cfg.warmup_steps)):
         if value < window:
-            raise InputError(
-                f"{name} = {value}: expected at least n_step * num_envs = {window}"
-            )
+            raise InputError(f"{name} = {value}: expected at least n_step * num_envs = {window}")
     network = QNetwork(spec, cfg.hidden, cfg.activation, cfg.duelling)
     optimiser = adam(cfg.learning_rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
     replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
-    queue = prioritised.make(cfg.buffer_size) if cfg.prioritised else None
+    queue = prioritised.make(cfg.buffer_size)
 
     def init(key: jax.Array) -> State:
         params = network.init(key, jnp.zeros((1, *spec.obs_shape), spec.obs_dtype))
@@ -174,7 +171,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             target=jax.tree.map(jnp.copy, params),
             opt=optimiser.init(params),
             replay=replay.init(),
-            priorities=None if queue is None else queue.init(),
+            priorities=queue.init() if cfg.prioritised else None,
             step=jnp.int32(0),
         )
 
@@ -193,7 +190,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         state = state._replace(
             replay=replay.add(state.replay, Transition(*step[:6]), t), step=step_count
         )
-        if queue is None:
+        if not cfg.prioritised:
             return state
         # a row may be drawn once its window is whole, and no more once it is overwritten
         slots, envs = cfg.buffer_size // cfg.num_envs, jnp.arange(cfg.num_envs)
@@ -251,7 +248,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             priorities = queue.set(state.priorities, index, value)
             return state._replace(priorities=priorities), {"loss": loss, "q": q}
 
-        if queue is None:
+        if not cfg.prioritised:
             index = replay.sample_index(key, cfg.updates * cfg.batch_size, t + 1, cfg.n_step)
             index = index.reshape(cfg.updates, cfg.batch_size)
             batches = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)

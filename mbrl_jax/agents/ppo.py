@@ -7,7 +7,7 @@ of the config. A truncated episode is continued by the value of its true last ob
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ class State(NamedTuple):
     rollout: PyTree
     obs_stats: Stats | None
     return_stats: Stats | None
-    returns: jax.Array | None  # [N] discounted, running; only with normalised rewards
+    returns: PyTree  # [N] discounted, running; None without normalised rewards
 
 
 class Actor(linen.Module):
@@ -205,20 +205,21 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment.
 
     Raises:
-      InputError: a rollout that does not divide into the minibatches.
+      InputError: a rollout that does not divide into the minibatches; integer observations that
+        should be normalised; unbounded continuous actions.
     """
     cfg = config
     batch = cfg.num_envs * cfg.num_steps
     if batch % cfg.minibatches:
         raise InputError(
-            f"minibatches = {cfg.minibatches}: expected a divisor of "
-            f"num_envs * num_steps = {batch}"
+            f"minibatches = {cfg.minibatches}: expected a divisor of num_envs * num_steps = {batch}"
         )
     if cfg.normalise_obs and spec.num_obs is not None:
         raise InputError(f"normalise_obs = True: {spec.id} has integer observations; leave it out")
+    spec.check_bounded("PPO")
     actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (Actor, Critic))
     transition = ring.transition_example(spec)
-    example = Record(*transition, log_prob=jax.ShapeDtypeStruct((), jnp.float32))
+    example = Record(*transition, log_prob=transition.reward)  # shapes and dtypes
     rollout = ring.make(example, batch, cfg.num_envs)
 
     def optimiser(step: Scalar):
@@ -268,12 +269,15 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         record = rollout.layout.unpack(state.rollout)
         samples = evaluate(state, record)
         state = learn_statistics(state, record)
-        layout = Layout.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples))
+        layout = Layout.of(
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples)
+        )
         rows = layout.pack(samples)
         # a sort of random words is a shuffle, all epochs' at once
         order = jnp.argsort(jax.random.bits(key, (cfg.epochs, batch)), axis=-1)
         order = order.reshape(cfg.epochs * cfg.minibatches, -1)
-        optimise = optimiser((t + 1) * cfg.num_envs)
+        # at the step where the rollout began
+        optimise = optimiser((t + 1 - cfg.num_steps) * cfg.num_envs)
 
         def one(carry: tuple[Params, Params], index: jax.Array):
             params, opt = carry
@@ -282,8 +286,9 @@ def make(config: Config, spec: EnvSpec) -> Agent:
                 for name, matrix in rows.items()
             })  # fmt: skip
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, chosen)
-            steps, opt = zip(*map(optimise.update, grads, opt, params), strict=True)
-            return (jax.tree.map(jnp.add, params, Params(*steps)), Params(*opt)), metrics
+            moved = map(optimise.update, grads, opt, params)
+            steps, opt = (Params(*parts) for parts in zip(*moved, strict=True))
+            return (jax.tree.map(jnp.add, params, steps), opt), metrics
 
         (params, opt), metrics = jax.lax.scan(one, (state.params, state.opt), order)
         return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
@@ -296,9 +301,9 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         reward = record.reward
         if state.return_stats is not None:
             reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
-        by_step = (reward, value, next_value, record.terminated, record.truncated)
-        by_step = [x.reshape(cfg.num_steps, cfg.num_envs) for x in by_step]
-        advantage = gae(*by_step, cfg.gamma, cfg.gae_lambda).reshape(-1)
+        flat = (reward, value, next_value, record.terminated, record.truncated)
+        by_step = (x.reshape(cfg.num_steps, cfg.num_envs) for x in flat)
+        advantage = gae(*by_step, gamma=cfg.gamma, lam=cfg.gae_lambda).reshape(-1)
         return Sample(obs, record.action, record.log_prob, value, advantage, advantage + value)
 
     def learn_statistics(state: State, record: Record) -> State:
@@ -360,7 +365,7 @@ _MINATAR = {
     "minibatches": 8,
     "entropy_coef": 0.01,
 }
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {**_SMALL, "anneal_steps": 200_000.0},
     "Acrobot-v1": {**_SMALL, "entropy_coef": 0.01},
     "MountainCar-v0": {**_SMALL, "entropy_coef": 0.01, "normalise_obs": True},
@@ -383,6 +388,4 @@ PRESETS = {
     "PointRobot-misc": _CONTINUOUS,
 }
 
-AGENTS = {
-    "ppo": AgentDef("ppo", "PPO: clipped on-policy actor-critic", Config(), make, PRESETS)
-}
+AGENTS = {"ppo": AgentDef("ppo", "PPO: clipped on-policy actor-critic", Config(), make, PRESETS)}

@@ -11,7 +11,7 @@ Bhatt et al. (2024), `critic="batch_renorm", policy_period=3`, wide critics, no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ class Params(NamedTuple):
 class LearnerState(NamedTuple):
     params: Params
     target: PyTree | None  # critic parameters; None with batch_renorm
-    stats: PyTree | None  # running statistics of the critics; only with batch_renorm
+    stats: PyTree  # running statistics of the critics with batch_renorm, {} otherwise
     opt: Params  # the optimiser's state of each part
 
 
@@ -205,13 +205,12 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
     Raises:
       InputError: discrete or unbounded actions, or a target subset larger than the ensemble.
     """
-    if spec.discrete or spec.action_low is None or spec.action_high is None:
+    if spec.discrete:
         raise InputError(
             f"SAC needs continuous actions; {spec.id} has {spec.num_actions} discrete ones; "
             "take dqn or ppo"
         )
-    if not all(abs(bound) < float("inf") for bound in spec.action_low + spec.action_high):
-        raise InputError(f"SAC needs bounded actions; {spec.id} has {spec.action_low} as least")
+    spec.check_bounded("SAC")
     if config.target_subset > config.num_critics:
         raise InputError(
             f"target_subset = {config.target_subset}: expected at most "
@@ -221,55 +220,35 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
     renorm = cfg.critic == "batch_renorm"
     actor_net = Actor(spec, cfg.hidden, cfg.activation)
     critic_net = Critic(spec, cfg.critic_hidden, cfg.activation, cfg.layer_norm, cfg.critic)
-    actor_opt = adam(cfg.learning_rate, b1=cfg.adam_b1)
-    critic_opt = adam(cfg.critic_learning_rate, b1=cfg.adam_b1)
-    temperature_opt = adam(cfg.temperature_learning_rate, b1=cfg.adam_b1)
+    rates = (cfg.learning_rate, cfg.critic_learning_rate, cfg.temperature_learning_rate)
+    optimisers: Any = Params(*(adam(rate, b1=cfg.adam_b1) for rate in rates))
 
     def init(key: jax.Array) -> LearnerState:
         keys = jax.random.split(key, 1 + num_critics)
         obs, action = jnp.zeros((1, *spec.obs_shape), spec.obs_dtype), jnp.zeros((1, size))
 
-        def one(key: jax.Array) -> PyTree:
-            keys = jax.random.split(key)
-            return critic_net.init({"params": keys[0], "dropout": keys[1]}, obs, action)
-
-        critics = jax.vmap(one)(keys[1:])
-        params = Params(
-            actor_net.init(keys[0], obs), critics["params"], jnp.log(jnp.float32(cfg.temperature))
-        )
-        opt = Params(
-            actor_opt.init(params.actor),
-            critic_opt.init(params.critic),
-            temperature_opt.init(params.log_temperature),
-        )
+        critics = jax.vmap(critic_net.init, (0, None, None))(keys[1:], obs, action)
+        log_temperature = jnp.log(jnp.float32(cfg.temperature))
+        params = Params(actor_net.init(keys[0], obs), critics.pop("params"), log_temperature)
+        opt = Params(*(o.init(part) for o, part in zip(optimisers, params, strict=True)))
         # a copy, since the state is donated and two of its leaves must not be one buffer
         target = None if renorm else jax.tree.map(jnp.copy, params.critic)
-        return LearnerState(params, target, critics.get("batch_stats"), opt)
+        return LearnerState(params, target, critics, opt)
 
     def policy(actor: PyTree, obs: jax.Array) -> TanhNormal:
         return tanh_normal(*actor_net.apply(actor, obs))
 
-    def values(critic: PyTree, stats: PyTree, obs, action, key: jax.Array) -> jax.Array:
-        """Of each critic in the ensemble, [n, B]."""
+    def values(critic: PyTree, stats: PyTree, obs, action, key: jax.Array, train: bool = False):
+        """Of each critic in the ensemble, [n, B]; with `train` also the new statistics."""
 
-        def one(params: PyTree, stats: PyTree, key: jax.Array) -> jax.Array:
-            variables = {"params": params} | ({} if stats is None else {"batch_stats": stats})
-            return critic_net.apply(variables, obs, action, cfg.dropout, rngs={"dropout": key})
+        def one(params: PyTree, stats: PyTree, key: jax.Array):
+            return critic_net.apply(
+                {"params": params, **stats}, obs, action, cfg.dropout, train,
+                rngs={"dropout": key}, mutable=["batch_stats"] if train else False,
+            )  # fmt: skip
 
         keys = jax.random.split(key, jax.tree.leaves(critic)[0].shape[0])
         return jax.vmap(one)(critic, stats, keys)
-
-    def joint_values(critic: PyTree, stats: PyTree, obs, action) -> tuple[jax.Array, PyTree]:
-        """CrossQ: values of two batches in one, normalised together, and the new statistics."""
-
-        def one(params: PyTree, stats: PyTree) -> tuple[jax.Array, PyTree]:
-            variables = {"params": params, "batch_stats": stats}
-            q, moved = critic_net.apply(
-                variables, obs, action, train=True, mutable=["batch_stats"]
-            )
-            return q, moved["batch_stats"]
-
-        return jax.vmap(one)(critic, stats)
 
     def update_critic(state: LearnerState, batch: NStep, noise, subset, key: jax.Array):
         params, target_key, key = state.params, *prng.split(key)
@@ -277,18 +256,18 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
         next_action, next_log_prob = policy(params.actor, batch.next_obs).from_noise(noise)
 
         def loss(critic: PyTree):
-            if renorm:
+            if renorm:  # both batches in one, normalised together
                 obs = jnp.concatenate([batch.obs, batch.next_obs])
                 action = jnp.concatenate([batch.action, next_action])
-                q, stats = joint_values(critic, state.stats, obs, action)
+                q, stats = values(critic, state.stats, obs, action, key, train=True)
                 q, next_q = jnp.split(q, 2, axis=1)
                 next_q = next_q if subset is None else next_q[subset]
             else:
                 pick = state.target
                 if subset is not None:
                     pick = jax.tree.map(lambda leaf: leaf[subset], pick)
-                next_q = values(pick, None, batch.next_obs, next_action, target_key)
-                q, stats = values(critic, None, batch.obs, batch.action, key), None
+                next_q = values(pick, {}, batch.next_obs, next_action, target_key)
+                q, stats = values(critic, {}, batch.obs, batch.action, key), {}
             reward = cfg.reward_scale * batch.reward
             target = jax.lax.stop_gradient(
                 critic_target(reward, batch.discount, next_q, next_log_prob, temperature)
@@ -296,7 +275,7 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
             return critic_loss(q, target), (stats, jnp.mean(q))
 
         (value, (stats, q)), grads = jax.value_and_grad(loss, has_aux=True)(params.critic)
-        step, opt = critic_opt.update(grads, state.opt.critic, params.critic)
+        step, opt = optimisers.critic.update(grads, state.opt.critic, params.critic)
         critic = jax.tree.map(jnp.add, params.critic, step)
         params, opt = params._replace(critic=critic), state.opt._replace(critic=opt)
         metrics = {"critic_loss": value / num_critics, "q": q, "temperature": temperature}
@@ -313,14 +292,14 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
             return actor_loss(log_prob, q, temperature), log_prob
 
         (value, log_prob), grads = jax.value_and_grad(loss, has_aux=True)(params.actor)
-        step, actor_state = actor_opt.update(grads, opt.actor, params.actor)
+        step, actor_state = optimisers.actor.update(grads, opt.actor, params.actor)
         params = params._replace(actor=jax.tree.map(jnp.add, params.actor, step))
         opt = opt._replace(actor=actor_state)
         if cfg.learn_temperature:
             grad = jax.grad(temperature_loss)(
                 params.log_temperature, log_prob, cfg.target_entropy * size
             )
-            step, temperature_state = temperature_opt.update(grad, opt.log_temperature)
+            step, temperature_state = optimisers.log_temperature.update(grad, opt.log_temperature)
             low, high = jnp.log(cfg.temperature_min), jnp.log(cfg.temperature_max)
             moved = jnp.clip(params.log_temperature + step, low, high)
             params = params._replace(log_temperature=moved)
@@ -348,9 +327,7 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
                 state, more = update_actor(state, batch, noise[1], keys[1])
             else:
                 due = number % cfg.policy_period == cfg.policy_period - 1
-                state, more = jax.lax.cond(
-                    due, update_actor, idle, state, batch, noise[1], keys[1]
-                )
+                state, more = jax.lax.cond(due, update_actor, idle, state, batch, noise[1], keys[1])
                 # so that the mean over updates is the mean over the actor's own
                 more = jax.tree.map(lambda value: value * cfg.policy_period, more)
             if not renorm:
@@ -396,9 +373,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         return jnp.zeros((num_envs, *spec.action_shape))
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        row = Transition(
-            step.obs, spec.to_unit(step.action), *step[2:6]
-        )
+        row = Transition(step.obs, spec.to_unit(step.action), *step[2:6])
         return state._replace(replay=replay.add(state.replay, row, t))
 
     def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:

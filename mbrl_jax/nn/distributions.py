@@ -63,8 +63,13 @@ def sample_categorical(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
     Inverts the cumulative distribution: one random number a sample where the Gumbel trick takes A.
     """
-    cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
-    # scaled by the last sum, so that rounding never leads beyond the last action
-    threshold = (uniform * cumulative[..., -1])[..., None]
-    index = jnp.sum((cumulative <= threshold).astype(jnp.int32), axis=-1)
-    return jnp.minimum(index, logits.shape[-1] - 1)
+    probability = jax.nn.softmax(logits, axis=-1)
+    possible = probability > 0
+    cumulative = jnp.cumsum(probability, axis=-1)
+    # scaled by the last sum, so that rounding never leads beyond the last possible action
+    total = jnp.max(jnp.where(possible, cumulative, 0.0), axis=-1)
+    hit = possible & (cumulative > (uniform * total)[..., None])
+    num_actions = logits.shape[-1]
+    index = jnp.arange(num_actions).reshape((1,) * (logits.ndim - 1) + (-1,))
+    first = jnp.min(jnp.where(hit, index, num_actions), axis=-1)
+    return jnp.minimum(first, num_actions - 1).astype(jnp.int32)  # NaN logits hit nothing

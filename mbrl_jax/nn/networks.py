@@ -60,9 +60,7 @@ class MLP(linen.Module):
     batch_renorm: bool = False
 
     @linen.compact
-    def __call__(
-        self, x: jax.Array, dropout_rate: Scalar = 0.0, train: bool = False
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout_rate: Scalar = 0.0, train: bool = False) -> jax.Array:
         act, init = activation(self.activation), INITIALISERS[self.kernel_init]
         if self.batch_renorm:
             x = BatchRenorm()(x, train)

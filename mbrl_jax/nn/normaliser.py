@@ -15,7 +15,7 @@ class Stats(NamedTuple):
 
     mean: jax.Array  # [*shape]
     var: jax.Array  # [*shape] population variance
-    count: jax.Array  # [] float32, how many rows were seen
+    seen: jax.Array  # [] float32, how many rows were seen
 
 
 def init(shape: tuple[int, ...]) -> Stats:
@@ -32,7 +32,7 @@ def update(stats: Stats, batch: jax.Array) -> Stats:
     rows = batch.astype(jnp.float32).reshape(-1, *shape)
     size = rows.shape[0]
     mean, var = jnp.mean(rows, axis=0), jnp.var(rows, axis=0)
-    total = stats.count + size
+    total = stats.seen + size
     share = size / total
     shift = mean - stats.mean
     new_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(shift)

@@ -103,7 +103,7 @@ def seed_mode(mode: str, agent_state: PyTree) -> str:
 
 
 def check_memory(state: PyTree, seeds: int) -> None:
-    """Raises InputError where `seeds` states of one seed (shapes) cannot fit the devices' memory."""
+    """Raises InputError where `seeds` states of one seed (shapes) cannot fit into memory."""
     leaves = [
         (math.prod(leaf.shape) * leaf.dtype.itemsize, jax.tree_util.keystr(path))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -288,7 +288,8 @@ def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Arr
     finite = jnp.isfinite(step.reward)
     if jnp.issubdtype(step.next_obs.dtype, jnp.floating):
         finite &= jnp.all(jnp.isfinite(step.next_obs.reshape(finite.shape[0], -1)), axis=-1)
-    low, high = (0, spec.num_actions - 1) if spec.discrete else spec.bounds(step.action.ndim)
+    count = spec.num_actions
+    low, high = spec.bounds(step.action.ndim) if count is None else (0, count - 1)
     # so written that NaN counts as outside
     inside = (step.action >= low) & (step.action <= high)
     inside = jnp.all(inside.reshape(done.shape[0], -1), axis=-1)
