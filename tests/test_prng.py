@@ -57,3 +57,21 @@ def test_keys_of_another_implementation_go_to_jax_random():
         ),
     )
     assert prng.uniform(jax.random.key(0, impl="rbg"), 5).shape == (5,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 128, 500])
+def test_shuffles_are_permutations_and_each_is_as_likely(size):
+    orders = np.asarray(
+        jax.jit(prng.shuffles, static_argnums=(1, 2))(jax.random.key(0), 4000, size)
+    )
+    assert orders.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(size), (4000, 1)))
+    if size == 5:
+        counts = np.unique(orders, axis=0, return_counts=True)[1]
+        assert len(counts) == 120
+        assert stats.chisquare(counts).pvalue > 1e-4
+    elif size > 1:
+        parts = 10 if size % 10 == 0 else 2
+        assert stats.chisquare(np.bincount(orders[:, 0] * parts // size)).pvalue > 1e-4
+        rising = np.mean(orders[:, :-1] < orders[:, 1:], axis=1)
+        assert stats.ttest_1samp(rising, 0.5).pvalue > 1e-4

@@ -180,7 +180,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         action = jnp.argmax(q, axis=-1).astype(jnp.int32)
         if explore:
             epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
-            coin, pick = prng.uniform(key, 2 * obs.shape[0]).reshape(2, -1)
+            coin, pick = prng.uniform(key, 2 * obs.shape[0], fused=64).reshape(2, -1)
             anything = (pick * spec.num_actions).astype(jnp.int32)
             action = jnp.where(coin < epsilon, anything, action)
         return action, memory, ()

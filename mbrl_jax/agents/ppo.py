@@ -251,7 +251,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         if not explore:
             action = policy.mode()
         elif spec.discrete:
-            action = sample_categorical(policy.logits, prng.uniform(key, obs.shape[0]))
+            draws = prng.uniform(key, obs.shape[0], fused=64)
+            action = sample_categorical(policy.logits, draws)
         else:
             noise = jax.random.normal(key, (obs.shape[0], *spec.action_shape))
             action = policy.loc + policy.scale_diag * noise
@@ -273,9 +274,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples)
         )
         rows = layout.pack(samples)
-        # a sort of random words is a shuffle, all epochs' at once
-        order = jnp.argsort(jax.random.bits(key, (cfg.epochs, batch)), axis=-1)
-        order = order.reshape(cfg.epochs * cfg.minibatches, -1)
+        order = prng.shuffles(key, cfg.epochs, batch).reshape(cfg.epochs * cfg.minibatches, -1)
         # at the step where the rollout began
         optimise = optimiser((t + 1 - cfg.num_steps) * cfg.num_envs)
 
@@ -302,8 +301,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         if state.return_stats is not None:
             reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
         flat = (reward, value, next_value, record.terminated, record.truncated)
-        by_step = (x.reshape(cfg.num_steps, cfg.num_envs) for x in flat)
-        advantage = gae(*by_step, gamma=cfg.gamma, lam=cfg.gae_lambda).reshape(-1)
+        by_step = [x.reshape(cfg.num_steps, cfg.num_envs) for x in flat]
+        advantage = gae(*by_step, cfg.gamma, cfg.gae_lambda).reshape(-1)
         return Sample(obs, record.action, record.log_prob, value, advantage, advantage + value)
 
     def learn_statistics(state: State, record: Record) -> State:

@@ -119,11 +119,18 @@ def step_batch(
     taken there is recorded as zero, earns nothing, and leads to the next episode's first one.
     """
     num_envs = batch.is_first.shape[0]
-    keys = prng.split(key, 2 * num_envs)
+    keys, impl = prng.split(key, 2 * num_envs), jax.random.key_impl(key)
     state, after = jax.vmap(env.step)(keys[:num_envs], batch.env, action)
-    fresh_state, fresh_obs = _fresh(env, batch.pool, keys[num_envs:])
-    fresh_state = jax.vmap(env.carry_over)(state, fresh_state)
     done = after.terminated | after.truncated
+    # most steps end no episode, and a reset costs more than many a step; vmapped over seeds, where
+    # the predicate is batched, both sides run. The keys go in as words: no key may be selected.
+    fresh_state, fresh_obs = jax.lax.cond(
+        jnp.any(done if batch.ended is None else batch.ended),
+        lambda words: _fresh(env, batch.pool, jax.random.wrap_key_data(words, impl=impl)),
+        lambda words: (batch.env, batch.obs),
+        jax.random.key_data(keys[num_envs:]),
+    )
+    fresh_state = jax.vmap(env.carry_over)(state, fresh_state)
     if batch.ended is None:
         step = Step(batch.obs, action, after.reward, after.obs, *after[2:], batch.is_first)
         next_obs = _select(done, fresh_obs, after.obs)

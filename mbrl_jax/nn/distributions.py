@@ -63,9 +63,9 @@ def sample_categorical(logits: jax.Array, uniform: jax.Array) -> jax.Array:
 
     Inverts the cumulative distribution: one random number a sample where the Gumbel trick takes A.
     """
-    probability = jax.nn.softmax(logits, axis=-1)
-    possible = probability > 0
-    cumulative = jnp.cumsum(probability, axis=-1)
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    possible = weight > 0
+    cumulative = jnp.cumsum(weight, axis=-1)
     # scaled by the last sum, so that rounding never leads beyond the last possible action
     total = jnp.max(jnp.where(possible, cumulative, 0.0), axis=-1)
     hit = possible & (cumulative > (uniform * total)[..., None])
