@@ -6,10 +6,11 @@ update, evaluation left out of both. The counters in both final states are compa
 numbers that the rates are computed from. The sides alternate; the ratio is the median of the
 pairs' ratios of seconds, with the least and the greatest. Compilation is timed apart.
 
-Ours runs with a device for each core, as the command line does. rejax 0.1.3 needs gymnax below 1.0,
-so it lives in benchmarks/.venv-rejax, made at the first run with our versions of jax and jaxlib, and
-is timed there by peer_rejax.py. Each side runs several seeds in all its ways (ours: `seed_mode` map
-and vmap; rejax: `vmap` and `pmap`, as in its README), and what was fastest in a run of each is taken.
+Ours runs with a device for each core, as the command line does. rejax 0.1.3 needs gymnax below
+1.0, so it lives in benchmarks/.venv-rejax, made at the first run with our versions of jax and
+jaxlib, and is timed there by peer_rejax.py. Each side runs several seeds in all its ways (ours:
+`seed_mode` map and vmap; rejax: `vmap` and `pmap`, as in its README), and what was fastest in a
+run of each is taken.
 
 What still differs, in the time of a run unless said otherwise:
 

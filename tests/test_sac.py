@@ -117,7 +117,8 @@ class Slow:
     def actor_loss(self, actor, state, temperature, batch, noise):
         """`state` after the step of the critics."""
         action, log_prob = self.policy(actor, batch.obs, noise)
-        q = self.values(state.params.critic, batch.obs, action, state.stats)
+        moving = state.stats.get("batch_stats")
+        q = self.values(state.params.critic, batch.obs, action, moving)
         q = q.min(0) if self.cfg.actor_value == "min" else q.mean(0)
         return np.mean(temperature * log_prob - q)
 
@@ -191,7 +192,7 @@ def check_crossq_statistics(slow, state, after, before, batch, noise):
     for i in range(3):
         for number in range(2):
             name = f"BatchRenorm_{number}"
-            new, old = after.stats["MLP_0"][name], state.stats["MLP_0"][name]
+            new, old = (s.stats["batch_stats"]["MLP_0"][name] for s in (after, state))
             expected = 0.99 * old["mean"][i] + 0.01 * slow.means[2 * i + number]
             np.testing.assert_allclose(new["mean"][i], expected, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(new["steps"][i], old["steps"][i] + 1, rtol=1e-6)

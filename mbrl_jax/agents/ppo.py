@@ -300,9 +300,16 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         reward = record.reward
         if state.return_stats is not None:
             reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
-        flat = (reward, value, next_value, record.terminated, record.truncated)
-        by_step = [x.reshape(cfg.num_steps, cfg.num_envs) for x in flat]
-        advantage = gae(*by_step, cfg.gamma, cfg.gae_lambda).reshape(-1)
+        shape = (cfg.num_steps, cfg.num_envs)
+        advantage = gae(
+            reward.reshape(shape),
+            value.reshape(shape),
+            next_value.reshape(shape),
+            record.terminated.reshape(shape),
+            record.truncated.reshape(shape),
+            cfg.gamma,
+            cfg.gae_lambda,
+        ).reshape(-1)
         return Sample(obs, record.action, record.log_prob, value, advantage, advantage + value)
 
     def learn_statistics(state: State, record: Record) -> State:
