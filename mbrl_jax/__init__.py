@@ -17,7 +17,7 @@ _NAMES = {
     "Result": "mbrl_jax.runtime.train",
     "InputError": "mbrl_jax.types",
 }
-_FOLDERS = ("agents", "analysis", "envs", "models", "runtime")
+_FOLDERS = ("agents", "analysis", "data", "envs", "models", "runtime")
 
 if TYPE_CHECKING:
     from mbrl_jax.agents import AGENTS, make_agent

@@ -210,8 +210,12 @@ def test_a_changed_world_is_evaluated_as_it_is_now():
     ],
 )
 def test_bad_counts_are_refused_before_anything_compiles(lake, arguments, said):
+    def trace():  # some hang on the config
+        jax.eval_shape(make_train(**{"agent": "dyna_q", "env": lake, **arguments}), key)
+
+    key = jax.random.key(0)
     with pytest.raises(InputError, match=said):
-        make_train(**{"agent": "dyna_q", "env": lake, **arguments})
+        trace()
 
 
 def test_a_period_is_never_longer_than_the_run(lake):
@@ -220,8 +224,10 @@ def test_a_period_is_never_longer_than_the_run(lake):
 
 
 def test_a_run_must_be_longer_than_its_warm_up(lake):
+    train = make_train(PROBE, lake, 7)
     with pytest.raises(InputError, match="warm-up"):
-        make_train(PROBE, lake, 7)
+        jax.eval_shape(train, jax.random.key(0))
+    jax.eval_shape(train, jax.random.key(0), ProbeConfig(warmup=3))
 
 
 def test_bad_floats_are_refused_and_traced_ones_pass(lake):

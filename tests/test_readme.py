@@ -27,7 +27,7 @@ def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     commands = [line.partition(" #")[0] for line in "\n".join(blocks).splitlines()]
     ours = [line for line in commands if "mbrl-jax" in line]
-    assert len(ours) == 6
+    assert len(ours) == 7
     for line in ours:
         words = shlex.split(line.partition("mbrl-jax ")[2])
         if "--total-steps" in words:  # shorter than a reader would want it

@@ -95,9 +95,12 @@ print([name for name in heavy if name in sys.modules])
 def test_the_public_names_are_there():
     for name in mbrl_jax.__all__:
         assert getattr(mbrl_jax, name) is not None
-    for name in ("agents", "analysis", "envs", "models", "runtime"):
+    for name in ("agents", "analysis", "data", "envs", "models", "runtime"):
         assert getattr(mbrl_jax, name).__name__ == f"mbrl_jax.{name}"
     assert mbrl_jax.analysis.stats.iqm
+    assert all(
+        (mbrl_jax.data.ring.make, mbrl_jax.data.sequence.make, mbrl_jax.data.prioritised.make)
+    )
     with pytest.raises(AttributeError, match="no attribute 'dyna'"):
         _ = mbrl_jax.dyna
 

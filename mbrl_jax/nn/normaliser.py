@@ -29,6 +29,8 @@ def update(stats: Stats, batch: jax.Array) -> Stats:
     The count stops at 2**24, where float32 would; from there on old rows fade.
     """
     shape = stats.mean.shape
+    # a kernel of its own, whose rounding no neighbour changes: chunks give the uncut run's bits
+    stats, batch = jax.lax.optimization_barrier((stats, batch))
     rows = batch.astype(jnp.float32).reshape(-1, *shape)
     size = rows.shape[0]
     mean, var = jnp.mean(rows, axis=0), jnp.var(rows, axis=0)
@@ -36,7 +38,8 @@ def update(stats: Stats, batch: jax.Array) -> Stats:
     share = size / total
     shift = mean - stats.mean
     new_var = (1 - share) * stats.var + share * var + share * (1 - share) * jnp.square(shift)
-    return Stats(stats.mean + share * shift, new_var, jnp.minimum(total, 2.0**24))
+    new = Stats(stats.mean + share * shift, new_var, jnp.minimum(total, 2.0**24))
+    return jax.lax.optimization_barrier(new)
 
 
 def normalise(stats: Stats, x: jax.Array, clip: Scalar = 10.0) -> jax.Array:

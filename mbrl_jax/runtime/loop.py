@@ -104,8 +104,9 @@ def make_train(
       period's updates. `state` is the agent's.
 
     Raises:
-      InputError: before anything compiles, for an unknown agent, one that cannot act in `env`,
-        counts that are not positive, or a state that does not fit the device's memory.
+      InputError: for an unknown agent, one that cannot act in `env`, or counts that are not
+        positive; `train` raises it while it is traced, before anything compiles, for a config out
+        of its bounds, a warm-up that leaves no step, or a state that does not fit into memory.
     """
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
     default = definition.config_for(env.spec.id)
@@ -115,12 +116,13 @@ def make_train(
             definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
         )
 
-    shapes = jax.eval_shape(program(default).init, jax.random.key(0), default)
-    devices.check_memory(shapes, 1)
+    make_agent(definition, env.spec, default)
+    _check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
 
     def train(key: jax.Array, config: Any = default) -> tuple[PyTree, Metrics]:
         check_config(config)
         plan, init, period = program(config)
+        devices.check_memory(jax.eval_shape(init, key, config), 1)
         run = init(key, config)
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
@@ -143,17 +145,10 @@ def make_program(
     eval_max_steps: int | None = None,
 ) -> Program:
     """The parts of `make_train` for the static fields of `config`; arguments as there."""
+    _check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
     schedule = make_agent(definition, env.spec, config).schedule
     if eval_every is None:
         eval_every = max(1, total_steps // 20)
-    for name, value, least in (
-        ("total_steps", total_steps, 1),
-        ("eval_every", eval_every, 1),
-        ("eval_episodes", eval_episodes, 0),
-        ("eval_max_steps", 1 if eval_max_steps is None else eval_max_steps, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
     num_envs, steps_per_update = schedule.num_envs, schedule.steps_per_update
     warmup = -(-schedule.warmup_steps // num_envs)
     left = total_steps - warmup * num_envs
@@ -217,6 +212,19 @@ def make_program(
         return run, {**history, **metrics}
 
     return Program(plan, init, period)
+
+
+def _check_counts(
+    total_steps: int, eval_every: int | None, eval_episodes: int, eval_max_steps: int | None
+) -> None:
+    for name, value, least in (
+        ("total_steps", total_steps, 1),
+        ("eval_every", 1 if eval_every is None else eval_every, 1),
+        ("eval_episodes", eval_episodes, 0),
+        ("eval_max_steps", 1 if eval_max_steps is None else eval_max_steps, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
 
 
 def _train_period(
