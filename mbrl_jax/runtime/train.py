@@ -271,20 +271,23 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
 
 def _fault(metrics: dict[str, np.ndarray]) -> str | None:
     """What is not finite in a chunk's metrics [seeds], or None."""
-    steps = metrics["nonfinite_steps"]
-    if np.any(steps > 0):
-        seed = int(np.argmax(steps > 0))
-        return (
-            f"{steps[seed]:.0f} rewards or observations of the environment were not finite "
-            f"(seed {seed})"
-        )
+    faults = []
     for name, column in metrics.items():
         bad = ~np.isfinite(column)
         # these two are NaN where no episode has ended
         if name not in ("train_return", "train_length") and np.any(bad):
             seed = int(np.argmax(bad))
-            return f"{name} was {column[seed]} (seed {seed})"
-    return None
+            faults.append(f"{name} was {column[seed]} (seed {seed})")
+            break
+    # either may have caused the other, so both are told
+    steps = metrics["nonfinite_steps"]
+    if np.any(steps > 0):
+        seed = int(np.argmax(steps > 0))
+        faults.append(
+            f"{steps[seed]:.0f} rewards or observations of the environment were not finite "
+            f"(seed {seed})"
+        )
+    return " and ".join(faults) or None
 
 
 def _last_good(plan: Plan, period: int, out: Path) -> str:
