@@ -16,6 +16,16 @@ from mbrl_jax.runtime.checkpoint import Checkpoints
 from mbrl_jax.runtime.train import Stopped, load_job
 
 SHORT = {"total_steps": 300, "seeds": 2, "eval_every": 50, "eval_episodes": 2}
+# fields with which the deep agents are trained in no time
+SMALL = {
+    "dqn": {"hidden": (8,), "batch_size": 8, "buffer_size": 64, "warmup_steps": 16},
+    "ppo": {"hidden": (8,), "num_envs": 4, "num_steps": 8, "minibatches": 2, "epochs": 2},
+    "sac": {
+        "hidden": (8,), "critic_hidden": (8,), "batch_size": 8, "buffer_size": 64,
+        "warmup_steps": 16, "steps_per_update": 2, "updates": 2,
+    },
+}  # fmt: skip
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"
 # every program of a short run comes from the compilation cache
 ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 

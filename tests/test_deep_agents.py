@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, rows, saved, steps, train_until
+from helpers import COLLECTIVES, SMALL, assert_same, rows, saved, steps, train_until
 from probes import make, probes, quick
 
 from mbrl_jax import AGENTS, InputError, make_env, make_train, train
@@ -15,14 +15,6 @@ from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.loop import make_program
 from mbrl_jax.runtime.train import Diverged, make_job, traced
 
-SMALL = {
-    "dqn": {"hidden": (8,), "batch_size": 8, "buffer_size": 64, "warmup_steps": 16},
-    "ppo": {"hidden": (8,), "num_envs": 4, "num_steps": 8, "minibatches": 2, "epochs": 2},
-    "sac": {
-        "hidden": (8,), "critic_hidden": (8,), "batch_size": 8, "buffer_size": 64,
-        "warmup_steps": 16, "steps_per_update": 2, "updates": 2,
-    },
-}  # fmt: skip
 # what differs in the state: every switch that adds a part to it
 CASES = {
     "dqn": ("dqn", "CartPole-v1", {"steps_per_update": 2, "target_period": 3}),
@@ -84,8 +76,10 @@ def test_seeds_vmapped_mapped_and_sharded_agree_after_a_few_updates(name):
         def whole(key, config):
             return program.period(program.init(key, config), config, jnp.int32(0))[0].agent
 
-        run = quick(devices.over_seeds(whole, mesh, mode, shared=1))
-        return run(devices.put_seeds(keys, mesh), traced(config))
+        arguments = devices.put_seeds(keys, mesh), traced(config)
+        run = quick(devices.over_seeds(whole, mesh, mode, shared=1)).lower(*arguments).compile()
+        assert not re.findall(COLLECTIVES, run.as_text())
+        return run(*arguments)
 
     one, eight = devices.seed_mesh(1), devices.seed_mesh(8)
     runs = [ended(one, "vmap"), ended(one, "map"), ended(eight, "vmap")]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SHORT, train_until
+from helpers import SHORT, SMALL, train_until
 
 from mbrl_jax import AGENTS, InputError, train
 from mbrl_jax.agents import AgentDef
@@ -73,7 +73,9 @@ DEFINITIONS = [*(AGENTS[name] for name in AGENTS), WANDERER]
 @pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda definition: definition.name)
 def test_one_trace_for_all_chunks_and_new_floats(definition, lake):
     definition, traces = counted(definition)
-    job = make_job(definition, lake, 300, 2, 0, 50, 2, None, "auto", {})
+    world = "Pendulum-v1" if definition.name == "sac" else lake
+    fields = SMALL.get(definition.name, {})
+    job = make_job(definition, world, 300, 2, 0, 50, 2, 20, "auto", fields)
     init, chunk = job.functions()
     config = traced(job.config)
     run = init(job.keys(), config)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FULL_DISK, assert_same, finish, rows, saved, start, steps
+from helpers import COLLECTIVES, FULL_DISK, assert_same, finish, rows, saved, start, steps
 
-from mbrl_jax import AGENTS, InputError, make_env, make_train, train
+from mbrl_jax import InputError, make_env, make_train, train
 from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.train import make_job, traced
 
@@ -22,7 +22,6 @@ WORLDS = {
     "prioritised_sweeping": ("DynaMaze-sutton", {}),
 }
 PLAN = {"eval_every": 50, "eval_episodes": 2, "eval_max_steps": 50}
-COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"
 
 
 @pytest.mark.parametrize("agent", WORLDS)
@@ -41,7 +40,7 @@ def test_eight_devices(agent):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", WORLDS)
 def test_no_collectives(agent, mode):
     env_id, arguments = WORLDS[agent]
     job = make_job(agent, make_env(env_id, **arguments), 200, 16, 0, 50, 2, None, mode, {})
