@@ -21,7 +21,7 @@ What still differs, in the time of a run unless said otherwise:
 - rejax stores the observation after a reset as the successor of an episode's last step, and a time
   limit as an end; ours keeps the true successor and tells the two apart.
 - rejax's `max_grad_norm` clips each element; ours scales by the global norm (SAC: neither clips).
-- PPO: rejax has a gradient and an Adam for the actor and one for the critic, ours one over both.
+- PPO: rejax takes a gradient of the actor's loss and one of the critic's, ours one of their sum.
   rejax evaluates the critic at each step of the rollout, ours for the whole rollout afterwards
   (all observations and all successors). rejax draws a permutation for each epoch, ours sorts
   random words for all of them at once.

@@ -101,7 +101,7 @@ def options_of_help(text):
     """Option names to their meaning and default in the boxes of a help text."""
     options = {}
     for line in text.splitlines():
-        if found := re.match(r"│ (--[\w.-]+)(?:,? \S+)*(?:  +(.*))?│$", line):
+        if found := re.match(r"│ (?:-h, )?(--[\w.-]+)(?:,? \S+)*(?:  +(.*))?│$", line):
             name, meaning = found.groups()
             options[name] = meaning or ""
         elif line.startswith("│    "):
@@ -120,7 +120,7 @@ def test_help_shows_every_field_with_default_and_meaning(agent, capfd):
     own = {f"--agent.{f.name}": getattr(config, f.name) for f in dataclasses.fields(config)}
     for name, default in {**shared, **own}.items():
         text = shown[name.replace("_", "-")]
-        value = "" if default == () else default
+        value = " ".join(map(str, default)) if isinstance(default, tuple) else default
         end = "(required)" if default is dataclasses.MISSING else f"(default: {value})"
         assert text.endswith(end), name
         assert len(text.removesuffix(end).split()) >= 2, name

@@ -43,6 +43,7 @@ class Config:
 
     # widths of the hidden layers; with duelling heads each head has a last one of its own
     hidden: tuple[int, ...] = (128, 128)
+    # of the hidden layers
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "relu"
     # Adam's step size and epsilon, and the global norm to which gradients are clipped
     learning_rate: float = ranged("(0, inf)", default=6.25e-5)

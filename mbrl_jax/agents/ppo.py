@@ -43,6 +43,7 @@ class Config:
 
     # widths of the hidden layers of the actor and of the critic
     hidden: tuple[int, ...] = (64, 64)
+    # of the hidden layers
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "tanh"
     # Adam's step size and epsilon, and the global norm to which the gradient of the actor and that
     # of the critic are clipped, each by itself: they share no weights, and the critic's would rule
@@ -366,7 +367,8 @@ _CONTINUOUS = {
 _MINATAR = {
     "hidden": (64,),
     "activation": "relu",
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-3,
+    "anneal_steps": 10_000_000.0,
     "num_envs": 64,
     "minibatches": 8,
     "entropy_coef": 0.01,

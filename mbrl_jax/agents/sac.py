@@ -42,9 +42,11 @@ from mbrl_jax.types import (
 class Config:
     """Fields annotated float may be vmapped and never recompile."""
 
-    # widths of the hidden layers of the actor and of each critic
+    # widths of the hidden layers of the actor
     hidden: tuple[int, ...] = (256, 256)
+    # widths of the hidden layers of each critic
     critic_hidden: tuple[int, ...] = (256, 256)
+    # of the hidden layers
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "relu"
     # Adam's, for the actor, the critics and the temperature
     learning_rate: float = ranged("(0, inf)", default=3e-4)
