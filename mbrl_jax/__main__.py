@@ -52,7 +52,11 @@ class TrainOptions:
         int | None, _arg("ends an evaluation episode early; the environment's limit if None")
     ] = None
     seed_mode: Annotated[
-        str, _arg("vmap: a device's seeds in one batch; map: one after another; auto: by size")
+        str,
+        _arg(
+            "vmap: a device's seeds in one batch; map: one after another; auto: map on a CPU for "
+            "agents with networks"
+        ),
     ] = "auto"
     resume: Annotated[bool, _arg("go on from the newest checkpoint in --out")] = False
     cpu_devices: Annotated[
