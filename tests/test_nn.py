@@ -280,6 +280,33 @@ def test_adam_equals_a_slow_one(longest, decay):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_adam_equals_a_slow_one_for_every_seed_under_vmap():
+    rng = np.random.default_rng(1)
+    theta, grads = rng.normal(size=(3, 5)), rng.normal(size=(3, 4, 5))
+    optimiser = adam(0.1, b1=0.8, b2=0.95, eps=1e-3)
+
+    def tree(vector):
+        return {"a": vector[..., :2], "b": vector[..., 2:]}
+
+    def run(params, grads):
+        def step(carry, grad):
+            params, state = carry
+            moves, state = optimiser.update(tree(grad), state, params)
+            return (jax.tree.map(jnp.add, params, moves), state), None
+
+        return jax.lax.scan(step, (params, optimiser.init(params)), grads)[0][0]
+
+    many = jax.jit(jax.vmap(run))
+    got = many(tree(jnp.float32(theta)), jnp.float32(grads))
+    rates = [0.1] * 4
+    slow = [list(slow_adam(t, g, rates, 0.8, 0.95, 1e-3, np.inf, 0.0))[-1]
+            for t, g in zip(theta, grads, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(np.concatenate([got["a"], got["b"]], 1), slow, rtol=1e-4, atol=1e-5)
+    text = many.lower(tree(jnp.float32(theta)), jnp.float32(grads)).as_text()
+    assert "dynamic_update_slice" in text
+    assert "scatter" not in text
+
+
 def test_schedules_begin_and_end_where_they_should():
     got = [float(linear(2.0, -1.0, 16.0, jnp.int32(step))) for step in (-3, 0, 4, 16, 17, 1000)]
     assert got == pytest.approx([2.0, 2.0, 1.25, -1.0, -1.0, -1.0])

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "prng": set(),
     "analysis": set(),
     "data": {"types", "prng"},
-    "nn": {"types", "prng"},
+    "nn": {"types", "prng", "data"},
     "models": {"types", "prng", "data", "nn"},
     "search": set(),
     "planning": {"types", "prng", "data", "nn", "models"},

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.extend.random import threefry_2x32
 
-from mbrl_jax.data.rows import Layout, Rows
+from mbrl_jax.data.rows import Layout, Rows, write_slice
 from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar
 
 
@@ -115,7 +114,7 @@ class Ring(NamedTuple):
         """
         packed = self._packed(batch, self.num_envs)
         start = (t % self.steps) * self.num_envs
-        return {name: _write(x, packed[name], start) for name, x in rows.items()}
+        return {name: write_slice(x, packed[name], start) for name, x in rows.items()}
 
     def sample_index(
         self, key: jax.Array, num: int, written: jax.Array, n_step: int = 1
@@ -218,27 +217,6 @@ class Ring(NamedTuple):
     def _wrapped(self, index: jax.Array) -> jax.Array:
         # a division by a constant that need not be a power of two is dearer than a select
         return jnp.where(index < self.capacity, index, index - self.capacity)
-
-
-@custom_vmap
-def _write(rows: jax.Array, batch: jax.Array, start: jax.Array) -> jax.Array:
-    """`rows` [*lead, capacity, width] with `batch` [*lead, num_envs, width] from row `start` on."""
-    return jax.lax.dynamic_update_slice(rows, batch, (0,) * (rows.ndim - 2) + (start, 0))
-
-
-@_write.def_vmap
-def _write_all(
-    axis_size: int, batched: list[bool], rows: jax.Array, batch: jax.Array, start: jax.Array
-) -> tuple[jax.Array, bool]:
-    # JAX's own rule makes a scatter even of an unbatched start
-    if batched[2]:
-        axes = tuple(0 if is_batched else None for is_batched in batched)
-        return jax.vmap(_write.fun, axes)(rows, batch, start), True
-    rows, batch = (
-        x if is_batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
-        for x, is_batched in zip((rows, batch), batched[:2], strict=True)
-    )
-    return _write(rows, batch, start), True
 
 
 def _below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:

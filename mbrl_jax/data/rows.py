@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from mbrl_jax.types import InputError, PyTree
 
@@ -108,3 +109,24 @@ class Layout:
 def _stored(dtype: np.dtype) -> np.dtype:
     # bool is a byte in any case; beside uint8 observations it costs no gather of its own
     return np.dtype(np.uint8) if dtype == np.bool_ else dtype
+
+
+@custom_vmap
+def write_slice(rows: jax.Array, batch: jax.Array, start: jax.Array) -> jax.Array:
+    """`rows` [*lead, capacity, width] with `batch` [*lead, num_envs, width] from row `start` on."""
+    return jax.lax.dynamic_update_slice(rows, batch, (0,) * (rows.ndim - 2) + (start, 0))
+
+
+@write_slice.def_vmap
+def _write_slices(
+    axis_size: int, batched: list[bool], rows: jax.Array, batch: jax.Array, start: jax.Array
+) -> tuple[jax.Array, bool]:
+    # JAX's own rule makes a scatter even of an unbatched start
+    if batched[2]:
+        axes = tuple(0 if is_batched else None for is_batched in batched)
+        return jax.vmap(write_slice.fun, axes)(rows, batch, start), True
+    rows, batch = (
+        x if is_batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+        for x, is_batched in zip((rows, batch), batched[:2], strict=True)
+    )
+    return write_slice(rows, batch, start), True

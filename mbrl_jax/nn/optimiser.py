@@ -5,9 +5,13 @@ It is built anew wherever it is used, from numbers that may be traced; only its 
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
-from mbrl_jax.types import Scalar
+from mbrl_jax.data.rows import write_slice
+from mbrl_jax.types import PyTree, Scalar
 
 
 def adam(
@@ -31,5 +35,31 @@ def adam(
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
-    # one vector of all parameters: a small network has more leaves than work
-    return optax.flatten(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+    return _flattened(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+
+
+def _flattened(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on one vector of all parameters, since a small network has more leaves than work.
+
+    As `optax.flatten`, but without a concatenation: on a CPU, XLA fuses the sums of the gradient
+    into one and computes them all along the vector, which made SAC 3.4 times slower.
+    """
+
+    def flat(tree: PyTree) -> jax.Array:
+        leaves = jax.tree.leaves(tree)
+        vector = jnp.zeros((sum(leaf.size for leaf in leaves), 1), jnp.result_type(*leaves))
+        start = 0
+        for leaf in leaves:
+            vector = write_slice(vector, leaf.reshape(-1, 1), start)
+            start += leaf.size
+        return vector[:, 0]
+
+    def init(params: PyTree) -> PyTree:
+        return inner.init(flat(params))
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        _, unflat = ravel_pytree(grads)
+        moves, state = inner.update(flat(grads), state, None if params is None else flat(params))
+        return unflat(moves), state
+
+    return optax.GradientTransformation(init, update)
