@@ -77,7 +77,8 @@ class Slow:
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
             x = x * layers["LayerNorm_0"]["scale"] + layers["LayerNorm_0"]["bias"]
         x = normalise(np.tanh(x), 1)
-        return x @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
+        heads = [layers["Dense_1"]] if "Dense_1" in layers else [params["mean"], params["log_std"]]
+        return np.concatenate([x @ head["kernel"] + head["bias"] for head in heads], axis=-1)
 
     def policy(self, params, obs, noise):
         out = self.net(params["params"], obs)

@@ -138,8 +138,9 @@ class Actor(linen.Module):
     @linen.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         size = self.spec.action_shape[0]
-        out = MLP(self.hidden, 2 * size, self.activation)(torso(self.spec)(obs))
-        return out[..., :size], jnp.clip(out[..., size:], -20.0, 2.0)
+        x = MLP(self.hidden, None, self.activation)(torso(self.spec)(obs))
+        log_std = jnp.clip(linen.Dense(size, name="log_std")(x), -20.0, 2.0)
+        return linen.Dense(size, name="mean")(x), log_std
 
 
 class Critic(linen.Module):
@@ -400,15 +401,11 @@ _SMALL = {
     "buffer_size": 100_000,
     "warmup_steps": 1_000,
 }
+_NORMED = {**_SMALL, "tau": 0.02, "layer_norm": True}
 PRESETS = {
     "Pendulum-v1": _SMALL,
-    "ContinuousCartPole-v0": {**_SMALL, "reward_scale": 0.1, "tau": 0.02, "layer_norm": True},
-    "MountainCarContinuous-v0": {
-        **_SMALL,
-        "tau": 0.02,
-        "layer_norm": True,
-        "noise_correlation": 0.99,
-    },
+    "ContinuousCartPole-v0": {**_NORMED, "reward_scale": 0.1},
+    "MountainCarContinuous-v0": {**_NORMED, "noise_correlation": 0.99},
     "Reacher-misc": _SMALL,
     "PointRobot-misc": _SMALL,
 }
