@@ -229,7 +229,6 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
     def init(key: jax.Array) -> LearnerState:
         keys = jax.random.split(key, 1 + num_critics)
         obs, action = jnp.zeros((1, *spec.obs_shape), spec.obs_dtype), jnp.zeros((1, size))
-
         critics = jax.vmap(critic_net.init, (0, None, None))(keys[1:], obs, action)
         log_temperature = jnp.log(jnp.float32(cfg.temperature))
         params = Params(actor_net.init(keys[0], obs), critics.pop("params"), log_temperature)
@@ -334,8 +333,7 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
                 # so that the mean over updates is the mean over the actor's own
                 more = jax.tree.map(lambda value: value * cfg.policy_period, more)
             if not renorm:
-                target = polyak(state.params.critic, state.target, cfg.tau)
-                state = state._replace(target=target)
+                state = state._replace(target=polyak(state.params.critic, state.target, cfg.tau))
             return state, metrics | more
 
         numbers = first + jnp.arange(rounds, dtype=jnp.int32)
@@ -404,7 +402,12 @@ _SMALL = {
 _NORMED = {**_SMALL, "tau": 0.02, "layer_norm": True}
 PRESETS = {
     "Pendulum-v1": _SMALL,
-    "ContinuousCartPole-v0": {**_NORMED, "reward_scale": 0.1},
+    "ContinuousCartPole-v0": {
+        **_NORMED,
+        "learning_rate": 3e-4,
+        "gamma": 0.995,
+        "reward_scale": 0.1,
+    },
     "MountainCarContinuous-v0": {**_NORMED, "noise_correlation": 0.99},
     "Reacher-misc": _SMALL,
     "PointRobot-misc": _SMALL,
