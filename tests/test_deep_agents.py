@@ -36,12 +36,16 @@ CASES = {
 PLAN = {"total_steps": 112, "eval_every": 32, "eval_episodes": 2, "eval_max_steps": 20}
 
 
+def cases(slow):
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in CASES]
+
+
 def case(name):
     agent, env, fields = CASES[name]
     return agent, make_env(env), {**SMALL[agent], **fields}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(slow=["sac, redq"]))
 def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path):
     agent, env, fields = case(name)
     config = AGENTS[agent].config_for(env.spec.id, **fields)
@@ -62,7 +66,7 @@ def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path):
     assert len(rows(tmp_path / "run")) == 1 + 2 * history["env_steps"].shape[1]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(slow=[name for name in CASES if "," in name]))
 def test_seeds_vmapped_mapped_and_sharded_agree_after_a_few_updates(name):
     """Within 1e-4, or 0.1 % of a number: XLA adds in another order where seeds are batched."""
     agent, env, fields = case(name)

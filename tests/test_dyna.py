@@ -257,8 +257,8 @@ def test_exploration_bonuses_visit_more_of_the_maze(bonus):
     assert pairs[1] > 2 * pairs[0]
 
 
-def test_every_agent_learns_the_lake(lake):
-    for name in AGENTS:
+def test_every_tabular_agent_learns_the_lake(lake):
+    for name in dyna.AGENTS:
         result = mbrl_jax.train(
             name,
             lake,
