@@ -128,8 +128,8 @@ class EnvSpec:
         return low.reshape(shape), high.reshape(shape)
 
 
-def ranged(interval: str, *, default: float | int) -> Any:
-    """A config field whose values must lie in `interval`, such as "(0, 1]" or "[0, inf)"."""
+def ranged(interval: str, *, default: float | tuple[float, ...]) -> Any:
+    """A config field; its value, or each number of it, lies in `interval`, such as "[0, inf)"."""
     return dataclasses.field(default=default, metadata={"interval": interval})
 
 
@@ -177,8 +177,11 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
             raise wrong("True or False")
     elif hint == tuple[int, ...]:
         whole = isinstance(value, tuple) and all(type(item) is int for item in value)
-        if not whole or min(value, default=1) < 1:
+        if not whole or ("interval" not in field.metadata and min(value, default=1) < 1):
             raise wrong("a tuple of whole numbers, 1 or more")
+    elif hint == tuple[float, ...]:
+        if not isinstance(value, tuple) or not all(type(item) in (int, float) for item in value):
+            raise wrong("a tuple of numbers")
     elif typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
         raise wrong(f"one of {', '.join(map(repr, typing.get_args(hint)))}")
     interval = field.metadata.get("interval")

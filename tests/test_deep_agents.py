@@ -11,6 +11,7 @@ from probes import make, probes, quick
 
 from mbrl_jax import AGENTS, InputError, make_env, make_train, train
 from mbrl_jax.__main__ import main
+from mbrl_jax.analysis.stats import iqm
 from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.loop import make_program
 from mbrl_jax.runtime.train import Diverged, make_job, traced
@@ -45,7 +46,7 @@ def case(name):
     return agent, make_env(env), {**SMALL[agent], **fields}
 
 
-@pytest.mark.parametrize("name", cases(slow=["sac, redq"]))
+@pytest.mark.parametrize("name", cases(slow=["sac, redq", "dqn, plain"]))
 def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path):
     agent, env, fields = case(name)
     config = AGENTS[agent].config_for(env.spec.id, **fields)
@@ -222,6 +223,6 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, sa
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, least):
-    """Two seeds; the experiments' targets are higher, at larger budgets."""
-    result = train(agent, env, total_steps, 2, eval_every=total_steps, eval_episodes=20)
-    assert result.history["eval_return"].mean() >= least
+    """IQM of four seeds; the experiments' targets are higher, at larger budgets."""
+    result = train(agent, env, total_steps, 4, eval_every=total_steps, eval_episodes=20)
+    assert iqm(result.history["eval_return"][:, -1]) >= least

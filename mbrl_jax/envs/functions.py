@@ -91,3 +91,32 @@ KNOWN: dict[str, tuple[Known, Known]] = {
     ),
 }
 """Reward and termination function by environment id."""
+
+
+def cartpole_state(obs: jax.Array) -> dict[str, jax.Array]:
+    """The fields of gymnax's state; `obs` is of one environment, here and below."""
+    return dict(zip(("x", "x_dot", "theta", "theta_dot"), obs, strict=True))
+
+
+def pendulum_state(obs: jax.Array) -> dict[str, jax.Array]:
+    return {"theta": jnp.arctan2(obs[1], obs[0]), "theta_dot": obs[2]}
+
+
+def acrobot_state(obs: jax.Array) -> dict[str, jax.Array]:
+    angles = {f"joint_angle{i + 1}": jnp.arctan2(obs[2 * i + 1], obs[2 * i]) for i in range(2)}
+    return angles | {"velocity_1": obs[4], "velocity_2": obs[5]}
+
+
+def mountain_car_state(obs: jax.Array) -> dict[str, jax.Array]:
+    return {"position": obs[0], "velocity": obs[1]}
+
+
+STATES: dict[str, Callable[[jax.Array], dict[str, jax.Array]]] = {
+    "CartPole-v1": cartpole_state,
+    "ContinuousCartPole-v0": cartpole_state,
+    "Pendulum-v1": pendulum_state,
+    "Acrobot-v1": acrobot_state,
+    "MountainCar-v0": mountain_car_state,
+    "MountainCarContinuous-v0": mountain_car_state,
+}
+"""The state that an observation stands for, by environment id."""

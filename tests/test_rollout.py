@@ -1,0 +1,215 @@
+"""Rollouts against the true environment and against slow loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mbrl_jax import make_env
+from mbrl_jax.data import ring
+from mbrl_jax.models import rollout
+from mbrl_jax.models.dynamics import DynamicsModel, Prediction, Scaling
+from mbrl_jax.models.oracle import oracle
+from mbrl_jax.models.rollout import Rules
+from mbrl_jax.types import EnvSpec, InputError
+
+CLASSIC = (
+    "CartPole-v1", "ContinuousCartPole-v0", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0",
+    "MountainCarContinuous-v0",
+)  # fmt: skip
+
+
+def walk(params, obs, action, key):
+    """s' = s + a; the reward is s', the end lies beyond 3, and |s| is the disagreement."""
+    next_obs = obs + action
+    return Prediction(next_obs, next_obs[:, 0], next_obs[:, 0] > 3.0, jnp.abs(obs[:, 0]))
+
+
+WALK = DynamicsModel(walk)
+
+
+def always(action):
+    return lambda obs, key, depth: jnp.full((obs.shape[0], 1), action)
+
+
+@pytest.mark.parametrize("env_id", CLASSIC)
+def test_an_oracle_rollout_is_the_true_trajectory(env_id):
+    env = make_env(env_id)
+    keys = jax.random.split(jax.random.key(0), 4)
+    state, obs = jax.vmap(env.reset)(keys)
+    depth = 30
+    draws = jax.random.split(jax.random.key(1), depth * 4).reshape(depth, 4)
+    actions = jax.vmap(jax.vmap(env.random_action))(draws)
+    got = rollout.rollout(oracle(env), env.params, obs, actions, jax.random.key(2))
+    alive = np.ones(4, bool)
+    for t in range(depth):
+        before = obs
+        now = jax.random.split(jax.random.key(100 + t), 4)
+        state, step = jax.vmap(env.step)(now, state, actions[t])
+        obs = step.obs
+        np.testing.assert_array_equal(got.mask[t], alive)
+        row = jax.tree.map(lambda leaf, t=t, alive=alive: leaf[t][alive], got.transition)
+        np.testing.assert_allclose(row.obs, before[alive], rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(row.next_obs, obs[alive], rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(row.reward, step.reward[alive], rtol=1e-3, atol=2e-3)
+        np.testing.assert_array_equal(row.terminated, step.terminated[alive])
+        alive = alive & ~np.asarray(step.terminated)
+    total = rollout.returns(
+        oracle(env), env.params, got.transition.obs[0], actions, jax.random.key(3)
+    )
+    expected = np.sum(np.where(got.mask, got.transition.reward, 0.0), axis=0)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_an_oracle_is_refused_where_observations_do_not_tell_the_state():
+    with pytest.raises(InputError, match="Catch-bsuite has no oracle: its state does not follow"):
+        oracle(make_env("Catch-bsuite"))
+
+
+def test_rows_end_with_the_task_and_stay_ended():
+    obs = jnp.array([[0.0], [2.5], [-9.0]])
+    got = rollout.rollout(WALK, (), obs, always(1.0), jax.random.key(0), 6)
+    assert got.mask.T.tolist() == [[True] * 4 + [False] * 2, [True] + [False] * 5, [True] * 6]
+    assert got.transition.terminated[3, 0]
+    assert not got.transition.truncated.any()
+    assert got.transition.next_obs[:, 2, 0].tolist() == [-8, -7, -6, -5, -4, -3]
+    assert got.transition.obs[0].tolist() == obs.tolist()
+
+
+def test_the_length_is_traced_and_later_depths_are_masked():
+    traces = []
+
+    @jax.jit
+    def run(length):
+        traces.append(0)
+        start = jnp.full((2, 1), -9.0)
+        return rollout.rollout(WALK, (), start, always(1.0), jax.random.key(0), 5, length)
+
+    for length in (1, 3, 5):
+        assert run(jnp.int32(length)).mask.sum() == 2 * length
+    assert len(traces) == 1
+
+
+def test_a_threshold_cuts_a_row_before_the_uncertain_transition_for_good():
+    obs = jnp.array([[-2.0], [-1.0], [0.5]])
+    # disagreement |s| of row 0: 2 (cut at once), though it would fall later
+    got = rollout.rollout(WALK, (), obs, always(0.5), jax.random.key(0), 5,
+                          rules=Rules(threshold=1.5))  # fmt: skip
+    assert got.mask.T.tolist() == [[False] * 5, [True] * 5, [True, True, False, False, False]]
+    nothing = rollout.rollout(WALK, (), obs, always(0.5), jax.random.key(0), 3,
+                              rules=Rules(threshold=0.0))  # fmt: skip
+    assert not nothing.mask.any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nothing))
+
+
+def test_macuras_threshold_comes_from_the_first_depth_and_its_history():
+    obs = jnp.linspace(-1.0, 0.0, 11)[:, None]
+
+    def first(scores):
+        return 1.5 * jnp.percentile(scores, 50.0)  # 0.75
+
+    _, ending = rollout.unroll(
+        WALK, (), obs, always(-0.2), jax.random.key(0), 3, lambda c, *rest: c, (),
+        Rules(threshold=first),
+    )  # fmt: skip
+    assert ending.threshold == pytest.approx(0.75)
+    # |s| grows by 0.2 at each depth and was below 0.75 at the last of three: s > -0.35
+    assert ending.going.tolist() == (np.asarray(obs[:, 0]) > -0.35 + 1e-6).tolist()
+    history, seen = rollout.empty_history(3), []
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        scores = np.float32(rng.uniform(size=20))
+        seen.append(2.0 * np.percentile(scores, 95))
+        kappa, history = rollout.macura_threshold(history, jnp.array(scores), 2.0, 95.0)
+        assert float(kappa) == pytest.approx(np.mean(seen[-3:]), rel=1e-5)
+
+
+def test_m2ac_keeps_the_most_certain_share_and_lets_the_others_go_on():
+    obs = jnp.array([[-1.0], [-4.0], [-2.0], [-3.0]])
+    rules = Rules(keep=lambda depth: jnp.where(depth == 0, 0.5, 1.0), penalty=0.1)
+    got = rollout.rollout(WALK, (), obs, always(0.0), jax.random.key(0), 2, rules=rules)
+    assert got.mask.tolist() == [[True, False, True, False], [True] * 4]
+    np.testing.assert_allclose(got.transition.reward[0], [-1.1, -4.4, -2.2, -3.3], rtol=1e-6)
+    shares = [float(rollout.m2ac_share(jnp.int32(i), 10)) for i in (0, 4, 9)]
+    np.testing.assert_allclose(shares, [10 / 22, 6 / 22, 1 / 22], rtol=1e-6)
+
+
+def test_numbers_that_are_not_finite_end_a_row_and_touch_no_other():
+    def explode(params, obs, action, key):
+        step = walk(params, obs, action, key)
+        return step._replace(
+            next_obs=jnp.where(obs == -7.0, jnp.inf, step.next_obs),
+            reward=jnp.where(obs[:, 0] == -5.0, jnp.nan, step.reward),
+        )
+
+    obs = jnp.array([[-8.0], [-6.0], [-30.0]])
+    carry, ending = rollout.unroll(
+        DynamicsModel(explode), (), obs, always(1.0), jax.random.key(0), 4,
+        lambda sums, depth, row, score, mask: sums + jnp.where(mask, row.reward, 0.0), jnp.zeros(3),
+    )  # fmt: skip
+    assert ending.faults == 2
+    assert ending.going.tolist() == [False, False, True]
+    assert carry.tolist() == [-7.0, -5.0, -29 - 28 - 27 - 26]
+    assert np.isfinite(ending.obs).all()
+    actions = jnp.ones((4, 3, 1))
+    total = rollout.returns(DynamicsModel(explode), (), obs, actions, jax.random.key(0))
+    assert np.isnan(total).tolist() == [True, True, False]
+
+
+def test_states_are_clipped_to_the_range_of_the_data():
+    x = jnp.zeros(1)
+    scaling = Scaling(x, x, x, x, jnp.array([-2.0]), jnp.array([2.0]))
+    limits = rollout.obs_limits(scaling, 0.25)
+    np.testing.assert_allclose(np.ravel(limits), [-3.0, 3.0])
+    obs = jnp.array([[-2.9], [0.0]])
+    got = rollout.rollout(WALK, (), obs, always(-1.0), jax.random.key(0), 5,
+                          rules=Rules(limits=limits))  # fmt: skip
+    assert got.transition.next_obs[:, 0, 0].tolist() == [-3.0] * 5
+    assert got.transition.next_obs[:, 1, 0].tolist() == [-1.0, -2.0, -3.0, -3.0, -3.0]
+
+
+def test_a_rollout_writes_its_rows_one_behind_the_other_into_a_ring():
+    spec = EnvSpec("walk", (1,), "float32", 9, action_low=(-1.0,), action_high=(1.0,))
+    store = ring.make(ring.transition_example(spec), 64)
+
+    def write(carry, depth, row, score, mask):
+        return store.add_masked(*carry[:1], row, mask, carry[1])
+
+    obs = jnp.array([[0.0], [2.5], [-9.0]])
+    start = (store.init(), ring.empty_cursor())
+    (rows, cursor), _ = rollout.unroll(
+        WALK, (), obs, always(1.0), jax.random.key(0), 6, write, start
+    )
+    assert cursor.size == 4 + 1 + 6
+    got = store.get(rows, jnp.arange(11))
+    whole = rollout.rollout(WALK, (), obs, always(1.0), jax.random.key(0), 6)
+    expected = jax.tree.map(lambda leaf: leaf[whole.mask], whole.transition)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_memory_is_linear_in_rows_and_depth():
+    def temporary(num, depth):
+        def run(obs):
+            return rollout.rollout(WALK, (), obs, always(1.0), jax.random.key(0), depth)
+
+        stats = jax.jit(run).lower(jnp.zeros((num, 1))).compile().memory_analysis()
+        return stats.temp_size_in_bytes + stats.output_size_in_bytes
+
+    row = 4 * (1 + 1 + 1 + 1 + 1) + 3  # obs, action, reward, next_obs, disagreement, three flags
+    base, deep, wide = temporary(1_000, 10), temporary(1_000, 40), temporary(4_000, 10)
+    assert deep - base == pytest.approx(30 * 1_000 * row, rel=0.02)
+    assert wide < 4.05 * base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_length": 0}, "max_length = 0: expected 1 or more"),
+        ({"max_length": 3, "length": 4}, "length = 4: expected at most max_length = 3"),
+        ({"max_length": 3, "length": 0}, "length = 0: expected 1 or more"),
+    ],
+)
+def test_bad_lengths_are_refused(arguments, words):
+    with pytest.raises(InputError) as error:
+        rollout.rollout(WALK, (), jnp.zeros((1, 1)), always(1.0), jax.random.key(0), **arguments)
+    assert words in str(error.value)
