@@ -217,9 +217,9 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, sa
 @pytest.mark.parametrize(
     ("agent", "env", "total_steps", "least"),
     [
-        ("dqn", "Catch-bsuite", 4_000, 0.9),
-        ("ppo", "CartPole-v1", 60_000, 250),
-        ("sac", "Pendulum-v1", 4_000, -300),
+        ("dqn", "Catch-bsuite", 4_000, 0.98),
+        ("ppo", "CartPole-v1", 60_000, 350),
+        ("sac", "Pendulum-v1", 4_000, -250),
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, least):
