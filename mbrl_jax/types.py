@@ -160,7 +160,9 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
 
     if isinstance(value, jax.core.Tracer):
         return
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, hint):
+            raise wrong(f"a {hint.__module__}.{hint.__qualname__}, or a mapping of its fields")
         check_config(value)
         return
     if hint is float:

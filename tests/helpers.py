@@ -24,6 +24,12 @@ SMALL = {
         "hidden": (8,), "critic_hidden": (8,), "batch_size": 8, "buffer_size": 64,
         "warmup_steps": 16, "steps_per_update": 2, "updates": 2,
     },
+    "pets": {
+        "model": {"hidden": (8,), "weight_decay": (1e-5,)}, "num_members": 2, "particles": 2,
+        "training": {"batch_size": 8, "max_epochs": 2}, "horizon": 3, "num_samples": 8,
+        "num_elites": 2, "iterations": 2, "buffer_size": 64, "warmup_steps": 16,
+        "steps_per_update": 8,
+    },
 }  # fmt: skip
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"
 # every program of a short run comes from the compilation cache

@@ -109,6 +109,15 @@ def options_of_help(text):
     return {name: " ".join(meaning.split()) for name, meaning in options.items()}
 
 
+def defaults(prefix, config):
+    """The fields of a config, and of those within it, by the names of their options."""
+    found = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}.{field.name}", getattr(config, field.name)
+        found |= defaults(name, value) if dataclasses.is_dataclass(value) else {name: value}
+    return found
+
+
 @pytest.mark.parametrize("agent", AGENTS)
 def test_help_shows_every_field_with_default_and_meaning(agent, capfd):
     with pytest.raises(SystemExit) as stop:
@@ -117,8 +126,7 @@ def test_help_shows_every_field_with_default_and_meaning(agent, capfd):
     shown = options_of_help(capfd.readouterr().out)
     config = AGENTS[agent].config
     shared = {f"--{field.name}": field.default for field in dataclasses.fields(TrainOptions)}
-    own = {f"--agent.{f.name}": getattr(config, f.name) for f in dataclasses.fields(config)}
-    for name, default in {**shared, **own}.items():
+    for name, default in {**shared, **defaults("--agent", config)}.items():
         text = shown[name.replace("_", "-")]
         value = " ".join(map(str, default)) if isinstance(default, tuple) else default
         end = "(required)" if default is dataclasses.MISSING else f"(default: {value})"

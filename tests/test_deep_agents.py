@@ -32,6 +32,8 @@ CASES = {
     ),
     "sac": ("sac", "Pendulum-v1", {}),
     "sac, redq": ("sac", "Pendulum-v1", {"num_critics": 3, "critic": "dropout"}),
+    "pets": ("pets", "Pendulum-v1", {}),
+    "pets, discrete": ("pets", "CartPole-v1", {"propagation": "ts1"}),
     "sac, crossq": ("sac", "Pendulum-v1", {"critic": "batch_renorm", "policy_period": 3}),
 }
 PLAN = {"total_steps": 112, "eval_every": 32, "eval_episodes": 2, "eval_max_steps": 20}
@@ -152,6 +154,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, t
     # so large a step that the second or a later update overflows
     rate = {"learning_rate": 1e30} | ({"critic_learning_rate": 1e30} if agent == "sac" else {})
     fields = {name: value for name, value in SMALL[agent].items() if "hidden" not in name}
+    if agent == "pets":
+        rate = {"training.learning_rate": 1e30, "training.batch_size": 8, "num_members": 2}
+        fields = {k: v for k, v in fields.items() if not isinstance(v, dict)}
     options = [f"--agent.{k.replace('_', '-')}={v}" for k, v in {**fields, **rate}.items()]
     words = ["train", agent, "--env", env, "--seeds", "2", "--total-steps", "400"]
     words += ["--eval-every", "32", "--eval-episodes", "1", "--eval-max-steps", "5"]
@@ -220,6 +225,7 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, sa
         ("dqn", "Catch-bsuite", 4_000, 0.98),
         ("ppo", "CartPole-v1", 60_000, 350),
         ("sac", "Pendulum-v1", 4_000, -250),
+        ("pets", "Pendulum-v1", 800, -400),
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, least):

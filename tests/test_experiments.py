@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import dyna_frozenlake
 import dyna_mazes
+import model_error
 import model_free
 from common import per_episode
 
@@ -166,3 +167,24 @@ def test_model_free_target_must_hold_to_the_end():
     assert model_free.held_from(steps, np.array([2.0, 1.0, 3.0]), 2.0) == 30
     assert model_free.held_from(steps, np.array([2.0, 2.0, 2.0]), 2.0) == 10
     assert model_free.held_from(steps, np.array([3.0, 3.0, 1.0]), 2.0) == np.inf
+
+
+def test_model_error_at_a_tiny_size(tmp_path):
+    model_error.main(out=tmp_path, only="Pendulum", quick=True)
+    kinds = ("growth", "calibration", "disagreement", "returns")
+    figures = [f"model_error_quick_pendulum_{kind}" for kind in kinds]
+    tables = saved(tmp_path, "model_error_quick", figures)
+    for column in tables["Pendulum-v1: quality"].values():
+        errors = [column[f"MSE after {k}"]["point"] for k in model_error.DEPTHS]
+        assert 0 < errors[0] < errors[-1]
+        assert column["growth of the error a step"]["point"] > 1
+        assert -1 <= column["rank correlation"]["point"] <= 1
+        covered = [column[f"coverage of {level} %"]["point"] for level in (50, 90, 95)]
+        assert 0 < covered[0] <= covered[1] <= covered[2] <= 1
+    remedies = tables["Pendulum-v1: remedies"]
+    kept = {name: row["transitions, of those without"] for name, row in remedies.items()}
+    assert kept["none"]["point"] == 1
+    assert kept["disagreement (M2AC)"]["high"] < 0.5
+    error = {n: row["MSE of the transitions"]["point"] for n, row in remedies.items()}
+    assert error["short rollouts (5)"] < error["none"]
+    assert error["half real data"] == pytest.approx(error["none"] / 2)

@@ -156,7 +156,7 @@ def test_palette_stands_out_from_white_and_its_names_can_be_read():
     ],
 )
 def test_large_numbers_are_short(value, text):
-    assert plots._thousands(value, 0) == text
+    assert plots.thousands(value, 0) == text
 
 
 @pytest.mark.parametrize(

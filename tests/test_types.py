@@ -68,6 +68,7 @@ def test_a_config_may_be_vmapped_over_its_floats():
         ({"mode": "c"}, "mode = 'c': expected one of 'a', 'b'"),
         ({"flag": 1}, "flag = 1: expected True or False"),
         ({"inner": Inner(rate=0.0)}, "rate = 0.0: expected a value in (0, 1]"),
+        ({"inner": 3}, "inner = 3: expected a test_types.Inner, or a mapping of its fields"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(change, said):
@@ -113,3 +114,21 @@ def test_every_agent_builds_and_refuses_what_it_cannot_act_in():
 def test_whole_numbers_are_taken_for_float_fields():
     cfg = AGENTS["dyna_q"].config_for("", epsilon=1)
     assert isinstance(cfg.epsilon, float)
+
+
+def test_a_config_within_a_config_is_changed_by_a_mapping():
+    pets = AGENTS["pets"]
+    preset = {"Pendulum-v1": {"model": {"hidden": (32,), "weight_decay": (0.5,)}}}
+    pets = pets._replace(presets=preset)
+    cfg = pets.config_for("Pendulum-v1", model={"hidden": [16], "bounds_weight": 1})
+    assert cfg.model.hidden == (16,)
+    assert cfg.model.weight_decay == (0.5,)
+    assert isinstance(cfg.model.bounds_weight, float)
+    assert cfg.training == pets.config.training
+    assert pets.config_for("", model=cfg.model).model is cfg.model
+    with pytest.raises(InputError, match=r"unknown field of pets\.model: 'hiden'.*'hidden'"):
+        pets.config_for("", model={"hiden": (1,)})
+    with pytest.raises(InputError, match=r"batch_size = 0: expected a value in \[1, inf\)"):
+        pets.config_for("", training={"batch_size": 0})
+    with pytest.raises(InputError, match="model = 3: expected a mbrl_jax"):
+        pets.config_for("", model=3)

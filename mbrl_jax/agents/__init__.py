@@ -22,22 +22,30 @@ class AgentDef(NamedTuple):
     def config_for(self, env_id: str, **overrides: Any) -> Any:
         """The default config with the preset of `env_id` and then `overrides`.
 
-        Raises InputError for an unknown field, a wrong type or a value outside its interval.
+        A config within it is changed by a mapping of its fields. Raises InputError for an unknown
+        field, a wrong type or a value outside its interval.
         """
-        names = [field.name for field in dataclasses.fields(self.config)]
-        for name in overrides:
-            if name not in names:
-                raise unknown(f"field of {self.name}:", name, names)
-        fields = {**self.presets.get(env_id, {}), **overrides}
-        hints = {f.name: f.type for f in dataclasses.fields(self.config)}
-        for name, value in fields.items():
-            if hints[name] in (float, "float") and isinstance(value, int | bool):
-                fields[name] = value if isinstance(value, bool) else float(value)
-            elif isinstance(value, list):  # as JSON has a tuple
-                fields[name] = tuple(value)
-        config = dataclasses.replace(self.config, **fields)
+        config = _with(self.config, self.presets.get(env_id, {}), self.name)
+        config = _with(config, overrides, self.name)
         check_config(config)
         return config
+
+
+def _with(config: Any, fields: Mapping[str, Any], owner: str) -> Any:
+    """`config` with `fields` in place; a mapping changes fields of a config within it."""
+    names = [field.name for field in dataclasses.fields(config)]
+    hints = {field.name: field.type for field in dataclasses.fields(config)}
+    new = dict(fields)
+    for name, value in fields.items():
+        if name not in names:
+            raise unknown(f"field of {owner}:", name, names)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(getattr(config, name)):
+            new[name] = _with(getattr(config, name), value, f"{owner}.{name}")
+        elif hints[name] in (float, "float") and isinstance(value, int):
+            new[name] = value if isinstance(value, bool) else float(value)
+        elif isinstance(value, list):  # as JSON has a tuple
+            new[name] = tuple(value)
+    return dataclasses.replace(config, **new)
 
 
 _MODULES = {
@@ -48,6 +56,7 @@ _MODULES = {
     "dqn": "dqn",
     "ppo": "ppo",
     "sac": "sac",
+    "pets": "pets",
 }
 
 

@@ -1,4 +1,4 @@
-"""Statistics, plots and run folders, numpy only: `stats`, `plots`, `runs`; no agent, no JAX."""
+"""Statistics, plots and run folders, numpy only: no agent, no JAX."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mbrl_jax.analysis import plots, runs, stats
+    from mbrl_jax.analysis import model_plots, plots, runs, stats
 
-__all__ = ["plots", "runs", "stats"]
+__all__ = ["model_plots", "plots", "runs", "stats"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -25,9 +25,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 _DASHES = ("-", "-.", ":")  # for more algorithms than colours
 _INK, _GREY = "#222222", "#666666"
-_SIZE = (7.2, 4.2)  # inches
+SIZE = (7.2, 4.2)  # inches
 _LABEL_GAP = 0.065  # least distance of two names beside the axes, in heights of the axes
-_STYLE = {
+STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
@@ -85,9 +85,9 @@ def learning_curves(
     Raises:
         ValueError: there are no curves, shapes do not fit, or a curve has no value at all.
     """
-    _require(curves, "curves")
-    with style.context(["default", _STYLE]):
-        figure = Figure(figsize=_SIZE)
+    require(curves, "curves")
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         ends, seeds = [], set()
         for index, (name, (steps, values)) in enumerate(curves.items()):
@@ -100,8 +100,8 @@ def learning_curves(
                 )
             band = bootstrap_curve(values, statistic)
             last = np.flatnonzero(~np.isnan(band.point))[-1]
-            _draw_band(axes, index, name, steps, band, last)
-            ends.append((steps[last], band.point[last], name, _color(index)))
+            draw_band(axes, index, name, steps, band, last)
+            ends.append((steps[last], band.point[last], name, color_of(index)))
             seeds.add(len(values))
         right = axes.dataLim.x1
         for name, value in (references or {}).items():
@@ -111,11 +111,11 @@ def learning_curves(
             axes.set_xlim(axes.dataLim.x0, right)
         _name_ends(axes, ends)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(thousands))
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         label = getattr(statistic, "__name__", "point").replace("iqm", "IQM").replace("_", " ")
-        _note(figure, f"{label} and 95 % bootstrap interval over", seeds)
-        return _save(figure, path)
+        note(figure, f"{label} and 95 % bootstrap interval over", seeds)
+        return save(figure, path)
 
 
 def performance_profiles(
@@ -141,25 +141,25 @@ def performance_profiles(
     Raises:
         ValueError: there are no scores, they are not finite, or they have other axes.
     """
-    _require(scores, "scores")
+    require(scores, "scores")
     if thresholds is None:
         pooled = np.concatenate([np.asarray(runs, dtype=float).ravel() for runs in scores.values()])
-        _require(pooled, "scores")
+        require(pooled, "scores")
         thresholds = np.linspace(pooled.min(), pooled.max(), 201)
     thresholds = np.asarray(thresholds, dtype=float)
     profiles = {name: performance_profile(runs, thresholds) for name, runs in scores.items()}
-    with style.context(["default", _STYLE]):
-        figure = Figure(figsize=_SIZE)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=SIZE)
         axes = figure.subplots()
         for index, (name, band) in enumerate(profiles.items()):
-            _draw_band(axes, index, name, thresholds, band)
+            draw_band(axes, index, name, thresholds, band)
         axes.margins(x=0)
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=" %"))
         axes.set(xlabel=xlabel, ylabel="runs that score above τ", title=title)
         axes.legend()
-        _note(figure, "95 % bootstrap interval over", {len(np.asarray(s)) for s in scores.values()})
-        return _save(figure, path)
+        note(figure, "95 % bootstrap interval over", {len(np.asarray(s)) for s in scores.values()})
+        return save(figure, path)
 
 
 def interval_plot(
@@ -185,11 +185,11 @@ def interval_plot(
         ValueError: there are no panels or algorithms, the panels differ in their algorithms, or
             an interval is NaN.
     """
-    _require(panels, "panels")
+    require(panels, "panels")
     names = list(next(iter(panels.values())))
-    _require(names, "algorithms")
-    with style.context(["default", _STYLE]):
-        width = max(_SIZE[0], 1.6 + 2.6 * len(panels))
+    require(names, "algorithms")
+    with style.context(["default", STYLE]):
+        width = max(SIZE[0], 1.6 + 2.6 * len(panels))
         figure = Figure(figsize=(width, 1.5 + 0.45 * len(names)))
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (panel, intervals) in zip(row, panels.items(), strict=True):
@@ -205,32 +205,35 @@ def interval_plot(
         figure.supxlabel(xlabel, fontsize=11)
         if title is not None:
             figure.suptitle(title, x=0.01, ha="left")
-        return _save(figure, path)
+        return save(figure, path)
 
 
-def _require(things: Collection, kind: str) -> None:
+def require(things: Collection, kind: str) -> None:
+    """Raises ValueError where there is nothing to draw."""
     if len(things) == 0:
         raise ValueError(f"no {kind} to draw; expected at least one: name and give it")
 
 
-def _color(index: int) -> str:
+def color_of(index: int) -> str:
+    """Of curve number `index`."""
     return PALETTE[index % len(PALETTE)]
 
 
-def _thousands(value: float, _: int) -> str:
+def thousands(value: float, _: int) -> str:
+    """A number on an axis with k, M or G."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return Formatter.fix_minus(f"{value / unit:g}{suffix}")
     return Formatter.fix_minus(f"{value:g}")
 
 
-def _draw_band(
+def draw_band(
     axes: Axes, index: int, name: str, x: np.ndarray, band: Interval, last: int | None = None
 ) -> None:
     """Draw one curve and its band; a dot marks the point `last`."""
     dashes = _DASHES[index // len(PALETTE) % len(_DASHES)]
-    axes.fill_between(x, band.low, band.high, color=_color(index), alpha=0.18, linewidth=0)
-    (line,) = axes.plot(x, band.point, dashes, color=_color(index), label=name)
+    axes.fill_between(x, band.low, band.high, color=color_of(index), alpha=0.18, linewidth=0)
+    (line,) = axes.plot(x, band.point, dashes, color=color_of(index), label=name)
     if last is not None:
         line.set(marker="o", markersize=4.5, markevery=[last], clip_on=False)
 
@@ -243,7 +246,7 @@ def _draw_intervals(axes: Axes, intervals: list[Interval]) -> None:
     margin = 0.08 * (right - left) or 0.5
     left, right = left - margin, right + margin
     for index, (point, low, high) in enumerate(ends):
-        color = _color(index)
+        color = color_of(index)
         start, stop = np.clip([low, high], left, right)
         axes.barh(index, stop - start, 0.5, start, color=color, alpha=0.35)
         if np.isfinite(point):
@@ -257,7 +260,7 @@ def _draw_intervals(axes: Axes, intervals: list[Interval]) -> None:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -290,14 +293,15 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         )
 
 
-def _note(figure: Figure, text: str, seeds: set[int]) -> None:
+def note(figure: Figure, text: str, seeds: set[int]) -> None:
     """Say beneath the figure what the bands are, and over how many seeds."""
     span = "-".join(str(count) for count in sorted({min(seeds), max(seeds)}))
     plural = "" if max(seeds) == 1 else "s"
     figure.supxlabel(f"{text} {span} seed{plural}", x=0.99, ha="right", fontsize=8.5, color=_GREY)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
+def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
+    """Writes the PNG and the SVG."""
     path = Path(path)
     if path.suffix in (".png", ".svg"):
         path = path.with_suffix("")

@@ -58,11 +58,14 @@ class Env:
         return _strong(state), TimeStep(self._cast(obs), reward, terminated, truncated)
 
     def native_action(self, action: jax.Array) -> jax.Array:
-        """The action in the environment's own units."""
+        """The action, alone or with any leading axes, in the environment's own units."""
         if self.spec.discrete:
             return action
-        low, high = jnp.array(self.spec.action_low), jnp.array(self.spec.action_high)
-        native_low, native_high = jnp.array(self.native_low), jnp.array(self.native_high)
+        native = dataclasses.replace(
+            self.spec, action_low=self.native_low, action_high=self.native_high
+        )
+        low, high = self.spec.bounds(action.ndim)
+        native_low, native_high = native.bounds(action.ndim)
         unit = (jnp.clip(action, low, high) - low) / (high - low)
         return native_low + unit * (native_high - native_low)
 

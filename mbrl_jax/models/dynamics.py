@@ -77,8 +77,9 @@ class Config:
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "swish"
     # a Gaussian fitted by likelihood; otherwise its mean alone, by least squares
     probabilistic: bool = True
-    # soft bounds of the log-variance at first, in units of the standardised target
+    # lower soft bound of the log-variance at first, in units of the standardised target
     logvar_min: float = -10.0
+    # the upper one
     logvar_max: float = 0.5
     # whether the bounds are trained; they stay within -12 and 2
     learn_bounds: bool = True
@@ -94,7 +95,9 @@ class Config:
     direct: tuple[int, ...] = ranged("[0, inf)", default=())
     # dimensions that are angles in radians: the network sees their sine and cosine
     angles: tuple[int, ...] = ranged("[0, inf)", default=())
+    # standardise inputs by their mean and deviation over the training rows
     normalise_inputs: bool = True
+    # standardise targets, each dimension and the reward by its own
     normalise_targets: bool = True
     # learned beside the observation, or the function that the environment is known to have
     reward: Literal["learned", "known"] = "learned"

@@ -39,17 +39,21 @@ class Config:
     learning_rate: float = ranged("(0, inf)", default=1e-3)
     # rows that each member sees in a gradient step
     batch_size: int = ranged("[1, inf)", default=256)
-    # share of the rows that is held out, and how many at most
+    # share of the rows that is held out
     holdout: float = ranged("(0, 1)", default=0.2)
+    # rows that are held out at most
     max_holdout: int = ranged("[1, inf)", default=5_000)
+    # until no member improves, or the same number of gradient steps at every training
     mode: Literal["early_stopping", "fixed_steps"] = "early_stopping"
-    # early stopping: passes over the data at most, and how many in a row may improve no member
+    # early stopping: passes over the data at most
     max_epochs: int = ranged("[1, inf)", default=100)
+    # early stopping: how many passes in a row may improve no member
     patience: int = ranged("[0, inf)", default=5)
     # by which share the holdout error must fall to count as better
     improvement: float = ranged("[0, 1)", default=0.01)
-    # fixed steps: gradient steps, and how many between two looks at the holdout
+    # fixed steps: gradient steps of a training
     steps: int = ranged("[1, inf)", default=1_000)
+    # fixed steps: gradient steps between two looks at the holdout
     eval_every: int = ranged("[1, inf)", default=100)
 
 

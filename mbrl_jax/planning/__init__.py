@@ -19,12 +19,13 @@ from mbrl_jax.planning.planners import (
     start_icem,
     start_mppi,
 )
-from mbrl_jax.planning.value import model_value
+from mbrl_jax.planning.value import Value, model_value
 
 __all__ = [
     "ICEMPlan",
     "MPPIPlan",
     "Result",
+    "Value",
     "categorical_cem",
     "cem",
     "icem",

@@ -48,12 +48,14 @@ def _program() -> str:
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return {
-        field.name: value.tolist() if hasattr(value, "tolist") else value
-        for field in dataclasses.fields(config)
-        for value in [getattr(config, field.name)]
-    }
+    """A config, and those within it, as plain JSON values."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return config_fields(value)
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def write_config(out: Path, run: dict[str, Any]) -> None:

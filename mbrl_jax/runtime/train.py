@@ -328,8 +328,15 @@ def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
 
 
 def _flat(run: dict[str, Any]) -> dict[str, Any]:
-    fields = {f"agent.{name}": value for name, value in run["config"].items()}
-    return fields | {name: value for name, value in run.items() if name != "config"}
+    def named(prefix: str, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                yield from named(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
+
+    rest = {name: value for name, value in run.items() if name != "config"}
+    return dict(named("agent.", run["config"])) | rest
 
 
 @contextmanager

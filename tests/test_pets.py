@@ -1,0 +1,122 @@
+"""PETS: what it plans is what the planner plans, and nothing of an episode outlives it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SMALL
+from probes import quick
+
+from mbrl_jax import AGENTS, InputError, make_env, planning
+from mbrl_jax.agents import make_agent, pets
+from mbrl_jax.data.ring import transition_example
+from mbrl_jax.models import ensemble
+from mbrl_jax.types import EnvSpec, Step
+
+PENDULUM = make_env("Pendulum-v1").spec
+CARTPOLE = make_env("CartPole-v1").spec
+
+
+def config(spec=PENDULUM, **fields):
+    return AGENTS["pets"].config_for(spec.id, **{**SMALL["pets"], **fields})
+
+
+def batch(spec, num, seed=0):
+    """A step of `num` environments with random numbers."""
+    rng = np.random.default_rng(seed)
+    example = transition_example(spec)
+
+    def fill(leaf):
+        if leaf.dtype == bool:
+            return jnp.zeros((num, *leaf.shape), bool)
+        if leaf.dtype == jnp.int32:
+            return jnp.asarray(rng.integers(0, 2, (num, *leaf.shape)), jnp.int32)
+        return jnp.float32(rng.uniform(-1, 1, (num, *leaf.shape)))
+
+    return Step(*jax.tree.map(fill, example), jnp.zeros(num, bool))
+
+
+def after_training(agent, spec, updates=1):
+    """The state once 32 random steps are observed and learned from."""
+
+    def run(key):
+        state = agent.init(key)
+        for t in range(32):
+            state = agent.observe(state, batch(spec, 1, t), (), jnp.int32(t))
+        for i in range(updates):
+            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31))
+        return state
+
+    return quick(run)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("planner", ["cem", "icem", "mppi", "random_shooting", "categorical"])
+def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planner):
+    spec = CARTPOLE if planner == "categorical" else PENDULUM
+    cfg = config(spec, **({} if planner == "categorical" else {"planner": planner}))
+    agent = make_agent("pets", spec, cfg)
+    state = after_training(agent, spec)
+    obs = batch(spec, 2, 99).obs
+    act = quick(lambda memory, first, key: agent.act(state, memory, obs, first, key, True)[:2])
+    first = jnp.ones(2, bool)
+    action, memory = act(agent.init_memory(2), first, jax.random.key(5))
+    again, _ = act(memory, first, jax.random.key(5))
+    np.testing.assert_array_equal(action, again, err_msg="an episode's start forgets the last one")
+    if planner != "random_shooting":
+        warm, _ = act(memory, ~first, jax.random.key(5))
+        assert (warm != action).any() or planner == "categorical", "the plan is warm-started"
+
+    models = ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_members)
+    start, plan = pets.make_planner(cfg, spec)
+
+    def by_hand(obs, key):
+        value = planning.model_value(models.model("tsinf"), state.params, obs, cfg.particles)
+        return plan(value, key, start).action
+
+    expected = quick(jax.vmap(by_hand))(obs, jax.random.split(jax.random.key(5), 2))
+    np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
+    assert action.shape == (2, *spec.action_shape)
+
+
+def test_the_model_learns_only_from_what_was_observed():
+    """Rows of the buffer that are not written change nothing."""
+    states = [
+        after_training(make_agent("pets", PENDULUM, config(buffer_size=size)), PENDULUM)
+        for size in (32, 64)
+    ]
+    scaling = [state.params.scaling for state in states]
+    rows = [batch(PENDULUM, 1, t) for t in range(32)]
+    seen = np.concatenate([row.obs for row in rows])
+    for part in scaling:
+        assert (np.asarray(part.obs_low) >= seen.min(0) - 1e-6).all()
+        assert (np.asarray(part.obs_high) <= seen.max(0) + 1e-6).all()
+        spread = np.asarray(part.x_std)[: seen.shape[1]]
+        np.testing.assert_allclose(spread, seen.std(0), rtol=0.5)
+    assert not np.asarray(make_agent("pets", PENDULUM, config()).init(jax.random.key(0)).trained)
+    assert np.asarray(states[0].trained)
+
+
+def test_what_pets_cannot_do_is_refused():
+    pixels = EnvSpec("pixels", (8, 8, 3), "uint8", 9, num_actions=2)
+    cases = [
+        (pixels, {}, r"float32 vectors; pixels has shape \(8, 8, 3\)"),
+        (PENDULUM, {"num_elites": 9}, "num_elites = 9: expected at most num_samples = 8"),
+        (PENDULUM, {"num_envs": 3}, "capacity = 64 with num_envs = 3"),
+        (PENDULUM, {"horizon": 0}, r"horizon = 0: expected a value in \[1, inf\)"),
+        (PENDULUM, {"warmup_steps": 1}, r"warmup_steps = 1: expected a value in \[2, inf\)"),
+        (PENDULUM, {"warmup_steps": 100}, "warmup_steps = 100: expected at most buffer_size = 64"),
+        (PENDULUM, {"warmup_steps": 4}, "warmup_steps = 4: too few for a holdout of 0.2"),
+        (PENDULUM, {"propagation": "moment_matching"}, "one of 'ts1', 'tsinf'"),
+        (PENDULUM, {"planner": "grid"}, "planner = 'grid': expected one of 'cem'"),
+    ]
+    for spec, fields, said in cases:
+        with pytest.raises(InputError, match=said):
+            make_agent("pets", spec, config(spec, **fields))
+    unbounded = EnvSpec("free", (3,), "float32", 9, action_low=(-np.inf,), action_high=(1.0,))
+    with pytest.raises(InputError, match="PETS needs bounded actions"):
+        make_agent("pets", unbounded, config(unbounded))
+
+
+def test_presets_are_of_known_environments():
+    for env_id in pets.PRESETS:
+        make_agent("pets", make_env(env_id).spec, AGENTS["pets"].config_for(env_id))
