@@ -50,7 +50,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +58,7 @@ import jax
 import numpy as np
 import peer_process
 from peer_cells import CELLS, Cell
+from peer_process import timed
 
 HERE = Path(__file__).parent
 REJAX = "0.1.3"
@@ -67,12 +67,6 @@ REJAX = "0.1.3"
 class Ours(NamedTuple):
     run: Callable[[], float]  # trains once, seconds
     info: dict[str, Any]
-
-
-def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    out = jax.block_until_ready(fn(*args))
-    return time.perf_counter() - start, out
 
 
 def adam_steps(state: Any) -> set[int]:
@@ -119,20 +113,6 @@ def check(cell: Cell, side: str, done: Any, wanted: Any) -> None:
         raise SystemExit(f"{cell.name}: {side} made {done} steps and updates, not {wanted}")
 
 
-def alternate(run: Callable[[], float], peer: Any, repeats: int) -> dict[str, Any]:
-    """Seconds of both sides in turn, and the ratio of theirs to ours."""
-    own, other = [], []
-    for _ in range(repeats):
-        own.append(run())
-        if peer:
-            other.append(peer.seconds())
-    if not peer:
-        return {"seconds": own}
-    pairs = [b / a for a, b in zip(own, other, strict=True)]
-    spread = {"ratio_min": min(pairs), "ratio_max": max(pairs)}
-    return {"seconds": own, "peer_seconds": other, "ratio": statistics.median(pairs), **spread}
-
-
 def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | None) -> dict:
     """One row: a cell with so many seeds."""
     steps = cell.total_steps(seeds, args.quick)
@@ -153,7 +133,7 @@ def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | N
         check(cell, "rejax", (peer.info["env_steps"], peer.info["updates"]),
               (steps, row["updates"]))  # fmt: skip
         check(cell, "rejax", peer.info["backend"], jax.default_backend())
-    row |= alternate(mine.run, peer, args.repeats)
+    row |= peer_process.alternate(mine.run, peer, args.repeats)
     if peer:
         peer.close()
         row["peer"] |= rates(row, row["peer_seconds"])
@@ -208,7 +188,7 @@ def updates_alone(cell: Cell, args: argparse.Namespace) -> dict:
     )
     row = {"name": f"{cell.name}, updates alone", "seeds": 1, "total_steps": 0, "updates": count}
     row |= {"compile_s": compile_s, "gflop": cell.flops(env.spec) * count / 1e9, "peer": peer.info}
-    row |= alternate(run, peer, args.repeats)
+    row |= peer_process.alternate(run, peer, args.repeats)
     peer.close()
     row["peer"] |= rates(row, row["peer_seconds"])
     return {**row, **rates(row, row["seconds"])}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,40 @@ def serve(load: Loader) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
+def alternate(run: Callable[[], float], peer: Peer | None, repeats: int) -> dict[str, Any]:
+    """Seconds of both sides in turn, and the ratio of theirs to ours."""
+    own, other = [], []
+    for _ in range(repeats):
+        own.append(run())
+        if peer:
+            other.append(peer.seconds())
+    if not peer:
+        return {"seconds": own}
+    pairs = [b / a for a, b in zip(own, other, strict=True)]
+    spread = {"ratio_min": min(pairs), "ratio_max": max(pairs)}
+    return {"seconds": own, "peer_seconds": other, "ratio": statistics.median(pairs), **spread}
+
+
+def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds until what `fn` gives, a tree of JAX arrays, is there; and that."""
+    import jax
+
+    start = time.perf_counter()
+    out = jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start, out
+
+
+def faster_threads(torch: Any, run: Callable[[], float]) -> dict[int, float]:
+    """Takes one thread or all of them, whichever makes `run` faster; -> the seconds of each."""
+    tried = {}
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        run()
+        tried[threads] = run()
+    torch.set_num_threads(min(tried, key=lambda threads: tried[threads]))
+    return tried
+
+
 def interpreter(folder: Path) -> Path:
     """The Python of a virtual environment."""
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -102,13 +138,19 @@ def has(folder: Path, versions: dict[str, str]) -> bool:
     return done.returncode == 0 and json.loads(done.stdout) == versions
 
 
-def provide(folder: Path, versions: dict[str, str], *more: str) -> None:
-    """Makes the virtual environment where it is missing, with these packages and `more`."""
+def provide(folder: Path, versions: dict[str, str], *more: str, loose: str = "") -> None:
+    """Makes the virtual environment where it is missing, with these packages and `more`.
+
+    `loose` is the one among them whose own requirements are left out, since they do not install.
+    """
     if has(folder, versions):
         return
     wanted = [f"{name}=={version}" for name, version in versions.items()]
     print(f"making {folder.name} with {', '.join(wanted)} (once)", flush=True)
     if not interpreter(folder).exists():
         venv.create(folder, with_pip=True)
-    pip = [str(interpreter(folder)), "-m", "pip", "install", "--quiet", *wanted, *more]
-    subprocess.run(pip, check=True)
+    pip = [str(interpreter(folder)), "-m", "pip", "install", "--quiet"]
+    firm = [name for name in wanted if name.split("==")[0] != loose]
+    subprocess.run([*pip, *firm, *more], check=True)
+    if loose:
+        subprocess.run([*pip, "--no-deps", f"{loose}=={versions[loose]}"], check=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peer_process import serve
+from peer_process import faster_threads, serve
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -138,13 +137,8 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
             sac.update(replay.sample(cell["batch_size"]))
         return time.perf_counter() - start
 
-    tried = {}
-    for threads in sorted({1, os.cpu_count() or 1}):
-        torch.set_num_threads(threads)
-        run(max(1, num_updates // 10))
-        tried[threads] = run(max(1, num_updates // 2))
-    best = min(tried, key=lambda threads: tried[threads])
-    torch.set_num_threads(best)
+    tried = faster_threads(torch, lambda: run(max(1, num_updates // 2)))
+    best = torch.get_num_threads()
     info = {"mode": f"{best} thread" + "s" * (best > 1), "tried": tried}
     return {**info, "versions": {"torch": torch.__version__}}, run
 
