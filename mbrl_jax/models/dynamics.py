@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_jax.nn.networks import MLP
+from mbrl_jax.nn.networks import MLP, activation
 from mbrl_jax.types import EnvSpec, InputError, PyTree, check_config, config, ranged
 
 LOGVAR_RANGE = (-12.0, 2.0)  # wherein learned bounds of the log-variance stay
@@ -175,9 +175,20 @@ class Dynamics(NamedTuple):
         spare = [(0, 0)] * (obs.ndim - 1) + [(0, self.num_targets - self.obs_dim)]
         return jnp.pad(wide(jnp.array(keep), obs) * obs, spare)
 
-    def apply(self, net: PyTree, bounds: Bounds, x: jax.Array) -> Gaussian:
-        """Standardised x [B, F] -> `Gaussian` of the standardised y, [B, K]."""
-        out, k = self._net.apply(net, x), self.num_targets
+    def outputs(self, net: PyTree, x: jax.Array) -> jax.Array:
+        """What the network gives for standardised x [B, F]: [B, outputs], `gaussian_of` reads it.
+
+        Computed on columns: on a CPU stacked members take 0.7 to 0.9 of the time that rows take.
+        """
+        columns, act = x.T, activation(self.config.activation)
+        *hidden, head = self._layers(net)
+        for layer in hidden:
+            columns = act(layer["kernel"].T @ columns + layer["bias"][:, None])
+        return (head["kernel"].T @ columns + head["bias"][:, None]).T
+
+    def gaussian_of(self, out: jax.Array, bounds: Bounds) -> Gaussian:
+        """`Gaussian` of the standardised y, [*lead, K], from outputs [*lead, outputs]."""
+        k = self.num_targets
         mean, end = out[..., :k], jnp.full(out.shape[:-1], jnp.nan)
         if self.config.termination == "learned":
             end = out[..., -1]
@@ -186,14 +197,26 @@ class Dynamics(NamedTuple):
             var = jnp.exp(soft_bounded(out[..., k : 2 * k], bounds))
         return Gaussian(mean, var, end)
 
+    def apply(self, net: PyTree, bounds: Bounds, x: jax.Array) -> Gaussian:
+        """Standardised x [B, F] -> `Gaussian` of the standardised y, [B, K]."""
+        return self.gaussian_of(self.outputs(net, x), bounds)
+
+    def scaled_inputs(self, scaling: Scaling, obs: jax.Array, action: jax.Array) -> jax.Array:
+        """Standardised x [*lead, F] for obs [*lead, D] and action [*lead] or [*lead, A]."""
+        return standardised(self.inputs(obs, action), scaling.x_mean, scaling.x_std)
+
+    def in_own_units(self, out: Gaussian, scaling: Scaling) -> Gaussian:
+        """`out` of the standardised y as that of y itself."""
+        unit = wide(scaling.y_std, out.mean)
+        mean = out.mean * unit + wide(scaling.y_mean, out.mean)
+        return Gaussian(mean, out.var * jnp.square(unit), out.end)
+
     def gaussian(
         self, net: PyTree, bounds: Bounds, scaling: Scaling, obs: jax.Array, action: jax.Array
     ) -> Gaussian:
         """`Gaussian` of y in its own units, [B, K], for obs [B, D] and action [B] or [B, A]."""
-        x = standardised(self.inputs(obs, action), scaling.x_mean, scaling.x_std)
-        out = self.apply(net, bounds, x)
-        mean = out.mean * wide(scaling.y_std, x) + wide(scaling.y_mean, x)
-        return Gaussian(mean, out.var * jnp.square(wide(scaling.y_std, x)), out.end)
+        out = self.apply(net, bounds, self.scaled_inputs(scaling, obs, action))
+        return self.in_own_units(out, scaling)
 
     def outcome(
         self, obs: jax.Array, action: jax.Array, y: jax.Array, end: jax.Array
@@ -230,12 +253,17 @@ class Dynamics(NamedTuple):
         return loss + self._decay(net)
 
     def _decay(self, net: PyTree) -> jax.Array:
-        layers = len(self.config.hidden) + 1
-        decay = self.config.weight_decay
-        rates = decay * layers if len(decay) == 1 else decay
-        kernels = (net["params"][f"Dense_{i}"]["kernel"] for i in range(layers))
-        parts = [0.5 * c * jnp.sum(jnp.square(w)) for c, w in zip(rates, kernels, strict=True) if c]
+        layers, decay = self._layers(net), self.config.weight_decay
+        rates = decay * len(layers) if len(decay) == 1 else decay
+        parts = [
+            0.5 * rate * jnp.sum(jnp.square(layer["kernel"]))
+            for rate, layer in zip(rates, layers, strict=True)
+            if rate
+        ]
         return sum(parts, start=jnp.float32(0))
+
+    def _layers(self, net: PyTree) -> list[PyTree]:
+        return [net["params"][f"Dense_{i}"] for i in range(len(self.config.hidden) + 1)]
 
     @property
     def _net(self) -> MLP:

@@ -6,9 +6,9 @@ sampling (one Gaussian with the mixture's moments) and moment matching (that, re
 particles of a candidate). Janner et al. (2019), "MBPO", for elites.
 
 TS1 and TSinf evaluate one member for each state, not all of them: the batch is cut into equal
-blocks, one for each elite. TS1 deals the elites out to the blocks anew at every step, so each state
-meets each elite with the same chance, while neighbours in a block share theirs. TSinf keeps the
-blocks, so row i of a batch has the same member at every step of a rollout.
+blocks, as many for each elite. TS1 deals the elites out to the blocks anew at every step, so each
+state meets each elite with the same chance, while neighbours in a block share theirs. TSinf keeps
+the blocks, so row i of a batch has the same member at every step of a rollout.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from mbrl_jax.types import InputError, PyTree, unknown
 
 Propagation = Literal["ts1", "tsinf", "expectation", "distribution", "moment_matching"]
 Score = Literal["none", "std", "max_distance", "jensen_shannon"]
+BLOCK_ROWS = 2_000  # of a member at once on a CPU, so that a layer's output stays in its cache
 
 
 class Params(NamedTuple):
@@ -155,18 +156,20 @@ class Ensemble(NamedTuple):
         return DynamicsModel(predict)
 
     def _blocks(self, few: Params, order: jax.Array, obs: jax.Array, action: jax.Array) -> Gaussian:
-        """Block b of the batch by elite `order[b]`; the last block may be short."""
-        num, count = obs.shape[0], self.num_elites
-        size = -(-num // count)
+        """Rows in blocks, those of a round by elites `order`; the last blocks may be short."""
+        x = self.dynamics.scaled_inputs(few.scaling, obs, action)
+        num, count = x.shape[0], self.num_elites
+        most = BLOCK_ROWS if jax.default_backend() == "cpu" else num
+        rounds = -(-num // (count * most))
+        size = -(-num // (count * rounds))
+        padded = jnp.pad(x, [(0, rounds * count * size - num), (0, 0)], mode="edge")
         net = jax.tree.map(lambda leaf: leaf[order], few.net)
-
-        def cut(rows: jax.Array) -> jax.Array:
-            spare = [(0, count * size - num)] + [(0, 0)] * (rows.ndim - 1)
-            return jnp.pad(rows, spare, mode="edge").reshape(count, size, *rows.shape[1:])
-
-        many = jax.vmap(self.dynamics.gaussian, (0, None, None, 0, 0))
-        out = many(net, few.bounds, few.scaling, cut(obs), cut(action))
-        return jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:])[:num], out)
+        out = jax.lax.map(
+            lambda rows: jax.vmap(self.dynamics.outputs)(net, rows),
+            padded.reshape(rounds, count, size, x.shape[1]),
+        )
+        out = self.dynamics.gaussian_of(out.reshape(-1, out.shape[-1])[:num], few.bounds)
+        return self.dynamics.in_own_units(out, few.scaling)
 
 
 def make(
