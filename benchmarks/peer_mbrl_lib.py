@@ -118,8 +118,9 @@ def plan(request: dict[str, Any]) -> Callable[[], None]:
     agent = planning.create_trajectory_optim_agent_for_model(
         env,
         omegaconf.OmegaConf.create({
-            "_target_": "mbrl.planning.TrajectoryOptimizerAgent", "action_lb": "???",
-            "action_ub": "???", "planning_horizon": cem["horizon"], "optimizer_cfg": optimiser,
+            "_target_": "mbrl.planning.TrajectoryOptimizerAgent", "_recursive_": False,
+            "action_lb": "???", "action_ub": "???", "planning_horizon": cem["horizon"],
+            "optimizer_cfg": optimiser,
         }),
         num_particles=cem["particles"],
     )  # fmt: skip

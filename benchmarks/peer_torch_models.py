@@ -1,7 +1,8 @@
 """The plain PyTorch of textbooks as a worker of bench_models.py: networks one after another.
 
-Five separate probabilistic networks, each trained on a bootstrap of its own, and a rollout that
-takes one state at a time. Run eagerly, Adam fused; it speaks as peer_process.py tells.
+Five separate probabilistic networks, each trained on a bootstrap of its own and judged on the
+held-out rows after each pass, and a rollout that takes one state at a time. Run eagerly, with
+PyTorch's defaults; it speaks as peer_process.py tells.
 """
 
 from __future__ import annotations
@@ -39,22 +40,26 @@ def training(request: dict[str, Any]) -> Callable[[], None]:
     sizes, count = request["sizes"], request["rows"] - request["held"]
     x = torch.randn(count, sizes["obs"] + sizes["act"])
     y = torch.randn(count, sizes["obs"] + 1)
+    held_x = torch.randn(request["held"], x.shape[1])
+    held_y = torch.randn(request["held"], y.shape[1])
     networks = [Network(sizes) for _ in range(request["members"])]
     optimisers = [
-        torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=5e-5, fused=True)
-        for net in networks
+        torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=5e-5) for net in networks
     ]
 
     def run() -> None:
         for net, optimiser in zip(networks, optimisers, strict=True):
             rows = torch.randint(count, (count,))
-            for _ in range(request["steps"]):
+            for step in range(request["steps"]):
                 index = rows[torch.randint(count, (sizes["batch"],))]
                 mean, logvar = net(x[index])
                 loss = ((mean - y[index]).square() * (-logvar).exp() + logvar).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
+                if (step + 1) % (request["steps"] // request["epochs"]) == 0:
+                    with torch.no_grad():
+                        float((net(held_x)[0] - held_y).square().mean())
 
     return run
 

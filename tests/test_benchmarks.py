@@ -73,6 +73,33 @@ def test_the_cells_of_bench_model_free_are_runs_of_ours(monkeypatch):
         assert plan.periods * plan.updates * per_round == cell.num_updates(steps), cell.name
 
 
+def run_bench_models(out, *options):
+    script = [sys.executable, str(BENCHMARKS / "bench_models.py"), "--quick", "--repeats", "1"]
+    done = subprocess.run(
+        [*script, *options, "--out", str(out)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "bench_models.json").read_text())
+
+
+def test_bench_models_writes_a_row_for_every_part(tmp_path):
+    record = run_bench_models(tmp_path, "--no-peers")
+    assert [row["name"].split(",")[0] for row in record["rows"]] == [
+        *["training"] * 2, *["rollouts"] * 3, *["planning"] * 2,
+    ]  # fmt: skip
+    assert all(row["seconds"][0] > 0 and row["gflop_per_s"] > 0 for row in record["rows"])
+    assert record["ceiling_gflop_per_s"] > 0
+
+
+@pytest.mark.skipif(
+    not (BENCHMARKS / ".venv-mbrl-lib").exists(), reason="bench_models.py has not made it here"
+)
+def test_mbrl_lib_and_rl_blox_take_part(tmp_path):
+    record = run_bench_models(tmp_path)
+    peers = {row["peer_name"] for row in record["rows"] if "ratio" in row}
+    assert {"mbrl-lib", "rl-blox"} <= peers
+
+
 WORKER = """
 import peer_process
 

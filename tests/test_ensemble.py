@@ -178,6 +178,22 @@ def test_tsinf_keeps_the_member_of_a_row():
             assert got.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("propagation", ["tsinf", "ts1"])
+def test_a_large_batch_is_dealt_out_in_rounds_of_blocks(propagation, monkeypatch):
+    monkeypatch.setattr(ensemble, "BLOCK_ROWS", 2)
+    many, params = linear((0.0, 1.0, 2.0), (1e-12,) * 3)
+    obs = jnp.arange(1.0, 17.0)[:, None] * jnp.ones((1, 2))
+    for score in ("none", "std") if propagation == "tsinf" else ("none",):
+        key = jax.random.key(0)
+        step = many.sample(params, obs, jnp.zeros((16, 1)), key, propagation, score)
+        member = np.rint(np.asarray(step.next_obs / obs)[:, 0] - 1).astype(int)
+        first = member[:6:2]
+        assert sorted(first) == [0, 1, 2]
+        assert member.tolist() == [*np.repeat(first, 2).tolist() * 3][:16]
+        if propagation == "tsinf":
+            assert first.tolist() == [0, 1, 2]
+
+
 def test_disagreement_comes_with_the_prediction_only_where_it_is_asked_for():
     many, params = linear((0.0, 1.0), (1e-2,) * 2)
     obs, action = jnp.array([[1.0, 0.0], [3.0, 0.0]]), jnp.zeros((2, 1))

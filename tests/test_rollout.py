@@ -7,7 +7,7 @@ import pytest
 
 from mbrl_jax import make_env
 from mbrl_jax.data import ring
-from mbrl_jax.models import rollout
+from mbrl_jax.models import dynamics, ensemble, rollout
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction, Scaling
 from mbrl_jax.models.oracle import oracle
 from mbrl_jax.models.rollout import Rules
@@ -197,6 +197,26 @@ def test_memory_is_linear_in_rows_and_depth():
 
     row = 4 * (1 + 1 + 1 + 1 + 1) + 3  # obs, action, reward, next_obs, disagreement, three flags
     base, deep, wide = temporary(1_000, 10), temporary(1_000, 40), temporary(4_000, 10)
+    assert deep - base == pytest.approx(30 * 1_000 * row, rel=0.02)
+    assert wide < 4.05 * base
+
+
+def test_memory_of_an_ensembles_rollout_is_that_of_its_rows_and_of_one_step():
+    spec = EnvSpec("toy", (17,), "float32", 100, action_low=(-1.0,) * 6, action_high=(1.0,) * 6)
+    many = ensemble.make(dynamics.Config(hidden=(64, 64), weight_decay=(0.0,)), spec)
+    params = many.init(jax.random.key(0))
+
+    def needed(num, depth):
+        def run(obs, actions):
+            key = jax.random.key(1)
+            return rollout.rollout(many.model("ts1"), params, obs, actions, key)
+
+        shapes = jnp.zeros((num, 17)), jnp.zeros((depth, num, 6))
+        stats = jax.jit(run).lower(*shapes).compile().memory_analysis()
+        return stats.temp_size_in_bytes + stats.output_size_in_bytes
+
+    row = 4 * (2 * 17 + 6 + 2) + 3  # two observations, action, reward, disagreement, three flags
+    base, deep, wide = needed(1_000, 10), needed(1_000, 40), needed(4_000, 10)
     assert deep - base == pytest.approx(30 * 1_000 * row, rel=0.02)
     assert wide < 4.05 * base
 

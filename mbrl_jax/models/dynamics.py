@@ -309,8 +309,13 @@ def make(config: Config, spec: EnvSpec) -> Dynamics:
 def soft_bounded(raw: jax.Array, bounds: Bounds) -> jax.Array:
     """`raw` [*lead, K] drawn smoothly into the bounds (Chua et al. 2018, appendix A.1)."""
     low, high = wide(bounds.low, raw), wide(bounds.high, raw)
-    below = high - jax.nn.softplus(high - raw)
-    return low + jax.nn.softplus(below - low)
+    below = high - _softplus(high - raw)
+    return low + _softplus(below - low)
+
+
+def _softplus(x: jax.Array) -> jax.Array:
+    """log(1 + e^x) to an absolute 1e-7: `jax.nn.softplus` without its slow `log1p`."""
+    return jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(-jnp.abs(x)))
 
 
 def standardised(rows: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class Ensemble(NamedTuple):
         """
         if propagation not in Propagation.__args__:  # type: ignore[attr-defined]
             raise unknown("propagation", propagation, Propagation.__args__)  # type: ignore[attr-defined]
-        member_key, noise_key = jax.random.split(key)
+        member_key, noise_key, again_key = jax.random.split(key, 3)
         elites = jax.tree.map(lambda leaf: leaf[params.elites], params.net)
         few = params._replace(net=elites)
         single = propagation in ("ts1", "tsinf")
@@ -121,7 +121,7 @@ class Ensemble(NamedTuple):
             base = self.dynamics.base(obs)
             mean, var = _refitted(base + y.mean + jnp.sqrt(y.var) * noise, particles)
             y = Gaussian(mean - base, var, y.end)
-            noise = jax.random.normal(jax.random.fold_in(noise_key, 1), noise.shape)
+            noise = jax.random.normal(again_key, noise.shape)
         targets = y.mean + jnp.sqrt(y.var) * noise
         step = self.dynamics.outcome(obs, action, targets, y.end)
         return Prediction(*step, disagreement)
@@ -159,9 +159,7 @@ class Ensemble(NamedTuple):
         """Rows in blocks, those of a round by elites `order`; the last blocks may be short."""
         x = self.dynamics.scaled_inputs(few.scaling, obs, action)
         num, count = x.shape[0], self.num_elites
-        most = BLOCK_ROWS if jax.default_backend() == "cpu" else num
-        rounds = -(-num // (count * most))
-        size = -(-num // (count * rounds))
+        rounds, size = _rounds(num, count)
         padded = jnp.pad(x, [(0, rounds * count * size - num), (0, 0)], mode="edge")
         net = jax.tree.map(lambda leaf: leaf[order], few.net)
         out = jax.lax.map(
@@ -250,11 +248,18 @@ def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
     return pairs[:, 0], pairs[:, 1]
 
 
+def _rounds(num: int, count: int) -> tuple[int, int]:
+    """How many rounds of `count` blocks cut `num` rows, and the rows of a block."""
+    most = BLOCK_ROWS if jax.default_backend() == "cpu" else num
+    rounds = -(-num // (count * most))
+    return rounds, -(-num // (count * rounds))
+
+
 def _pick(every: Gaussian, key: jax.Array, propagation: Propagation) -> Gaussian:
     """One member for each row: at random (TS1), or by its block."""
     count, num = every.mean.shape[:2]
     rows = jnp.arange(num)
-    chosen = rows // -(-num // count)
+    chosen = rows // _rounds(num, count)[1] % count
     if propagation == "ts1":
         chosen = jax.random.randint(key, (num,), 0, count)
     return jax.tree.map(lambda leaf: leaf[chosen, rows], every)

@@ -141,7 +141,7 @@ def rollout(
     `act` is a policy, or actions [T, B, ...] one for each depth, which then set `max_length`.
     `length` (at most `max_length`, may be traced) is how deep it goes; later depths are masked.
 
-    Memory: T * B * (8 D + 4 A + 10) bytes, linear in both.
+    Memory: T * B * (8 D + 4 A + 11) bytes, linear in both.
 
     Raises:
       InputError: a length below 1, or above `max_length` where both are known.
