@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import dyna_frozenlake
 import dyna_mazes
+import learning
 import model_error
 import model_free
 from common import per_episode
@@ -151,22 +152,22 @@ def test_model_free_rows_merge_and_redraw(tmp_path):
 
 def test_model_free_runs_end_within_their_budgets():
     for run in model_free.RUNS:
-        exact = model_free.fitted(run, {})
+        exact = learning.fitted(run, {})
         assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
         assert exact.eval_every <= run.eval_every
     with pytest.raises(SystemExit, match="matches no row; there are\n  dqn CartPole-v1 100000\n"):
         model_free.main(only="ppo Breakout")  # without --long
     short = model_free.RUNS[0]._replace(total_steps=1001)
     with pytest.raises(SystemExit, match="first update is at step 1016, past the budget"):
-        model_free.fitted(short, {"num_envs": 4, "warmup_steps": 1000, "steps_per_update": 4})
+        learning.fitted(short, {"num_envs": 4, "warmup_steps": 1000, "steps_per_update": 4})
 
 
 def test_model_free_target_must_hold_to_the_end():
     steps = np.array([10, 20, 30])
-    assert model_free.held_from(steps, np.array([1.0, 2.0, 3.0]), 2.0) == 20
-    assert model_free.held_from(steps, np.array([2.0, 1.0, 3.0]), 2.0) == 30
-    assert model_free.held_from(steps, np.array([2.0, 2.0, 2.0]), 2.0) == 10
-    assert model_free.held_from(steps, np.array([3.0, 3.0, 1.0]), 2.0) == np.inf
+    assert learning.held_from(steps, np.array([1.0, 2.0, 3.0]), 2.0) == 20
+    assert learning.held_from(steps, np.array([2.0, 1.0, 3.0]), 2.0) == 30
+    assert learning.held_from(steps, np.array([2.0, 2.0, 2.0]), 2.0) == 10
+    assert learning.held_from(steps, np.array([3.0, 3.0, 1.0]), 2.0) == np.inf
 
 
 def test_model_error_at_a_tiny_size(tmp_path):

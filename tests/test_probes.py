@@ -11,6 +11,7 @@ from probes import STATES, make, probes, quick
 
 from mbrl_jax import AGENTS, make_train
 from mbrl_jax.agents import dqn, ppo, sac
+from mbrl_jax.nn import networks
 
 GAMMA, SEEDS = 0.9, 2
 PROBES = probes(GAMMA)
@@ -76,7 +77,9 @@ def test_sac_learns_the_exact_values_and_the_best_actions():
         num_envs=4, batch_size=32, buffer_size=2_000, warmup_steps=400, tau=0.15,
         learn_temperature=False, temperature=1e-3,
     )  # fmt: skip
-    critic = sac.Critic(spec, cfg.critic_hidden, cfg.activation, cfg.layer_norm, cfg.critic)
+    critic = networks.ContinuousCritic(
+        spec, cfg.critic_hidden, cfg.activation, cfg.layer_norm, cfg.critic
+    )
     policy = sac.make_learner(cfg, spec).policy
 
     def values(params):

@@ -57,6 +57,7 @@ _MODULES = {
     "ppo": "ppo",
     "sac": "sac",
     "pets": "pets",
+    "mbpo": "mbpo",
 }
 
 

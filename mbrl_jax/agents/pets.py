@@ -8,7 +8,6 @@ shooting take its place by `planner`; discrete actions are planned by a categori
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -92,17 +91,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         raise InputError(
             f"num_elites = {cfg.num_elites}: expected at most num_samples = {cfg.num_samples}"
         )
-    if cfg.warmup_steps > cfg.buffer_size:
-        raise InputError(
-            f"warmup_steps = {cfg.warmup_steps}: expected at most buffer_size = {cfg.buffer_size}"
-        )
-    # a traced share is one of a sweep, whose values were checked to lie in (0, 1)
-    share = cfg.training.holdout
-    if isinstance(share, float) and int(share * cfg.warmup_steps) < 1:
-        raise InputError(
-            f"warmup_steps = {cfg.warmup_steps}: too few for a holdout of {share}; take "
-            f"{math.ceil(1 / share)} or more"
-        )
+    fit.check_warmup(cfg.training, cfg.warmup_steps, cfg.buffer_size)
     if not spec.discrete:
         spec.check_bounded("PETS")
     models = ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_members)

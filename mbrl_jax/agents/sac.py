@@ -15,14 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen
 
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
 from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.nn.distributions import TanhNormal, tanh_normal
-from mbrl_jax.nn.networks import MLP, polyak, torso
+from mbrl_jax.nn.networks import ContinuousCritic, GaussianActor, polyak
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.types import (
     Agent,
@@ -39,8 +38,8 @@ from mbrl_jax.types import (
 
 
 @config
-class Config:
-    """Fields annotated float may be vmapped and never recompile."""
+class LearnerConfig:
+    """Of the networks and losses. Fields annotated float may be vmapped and never recompile."""
 
     # widths of the hidden layers of the actor
     hidden: tuple[int, ...] = (256, 256)
@@ -48,9 +47,11 @@ class Config:
     critic_hidden: tuple[int, ...] = (256, 256)
     # of the hidden layers
     activation: Literal["relu", "tanh", "swish", "elu", "gelu"] = "relu"
-    # Adam's, for the actor, the critics and the temperature
+    # Adam's, for the actor
     learning_rate: float = ranged("(0, inf)", default=3e-4)
+    # Adam's, for the critics
     critic_learning_rate: float = ranged("(0, inf)", default=3e-4)
+    # Adam's, for the temperature
     temperature_learning_rate: float = ranged("(0, inf)", default=3e-4)
     # Adam's decay of the first moment; CrossQ takes 0.5
     adam_b1: float = ranged("[0, 1)", default=0.9)
@@ -60,6 +61,39 @@ class Config:
     reward_scale: float = ranged("(0, inf)", default=1.0)
     # share of the new parameters in the target critics, after each gradient step
     tau: float = ranged("(0, 1]", default=0.005)
+    # gradient steps of the critics for each one of the actor and the temperature
+    policy_period: int = ranged("[1, inf)", default=1)
+    # critics, and how many random ones of them make a target (REDQ: 10 and 2)
+    num_critics: int = ranged("[1, inf)", default=2)
+    # how many random critics make a target
+    target_subset: int = ranged("[1, inf)", default=2)
+    # what the actor maximises: the least of the critics, or their mean (REDQ, DroQ)
+    actor_value: Literal["min", "mean"] = "min"
+    # plain; dropout (DroQ); batch_renorm: batch renormalised and without target critics (CrossQ)
+    critic: Literal["plain", "dropout", "batch_renorm"] = "plain"
+    # LayerNorm in the critics
+    layer_norm: bool = False
+    # probability that a unit of a critic="dropout" is dropped
+    dropout: float = ranged("[0, 1)", default=0.01)
+    # the temperature at first, or for ever without learn_temperature
+    temperature: float = ranged("(0, inf)", default=1.0)
+    # whether the temperature is adjusted to the target entropy
+    learn_temperature: bool = True
+    # least learned temperature, exp(-10)
+    temperature_min: float = ranged("(0, inf)", default=4.5399931e-05)
+    # greatest learned temperature, exp(2)
+    temperature_max: float = ranged("(0, inf)", default=7.3890562)
+    # correlation of the exploration's noise from one step to the next: 0 draws it anew, as SAC
+    # does; near 1 the actions sway slowly, while each alone still follows the policy
+    noise_correlation: float = ranged("[0, 1)", default=0.0)
+    # entropy that the temperature aims at, for each dimension of the action in [-1, 1]
+    target_entropy: float = -1.0
+
+
+@config
+class Config(LearnerConfig):
+    """The learner's fields and those of the replay."""
+
     # environments side by side
     num_envs: int = ranged("[1, inf)", default=1)
     # environment steps that the replay holds
@@ -72,30 +106,6 @@ class Config:
     steps_per_update: int = ranged("[1, inf)", default=1)
     # gradient steps of a round; the update-to-data ratio is updates / (num_envs * steps_per_update)
     updates: int = ranged("[1, inf)", default=1)
-    # gradient steps of the critics for each one of the actor and the temperature
-    policy_period: int = ranged("[1, inf)", default=1)
-    # critics, and how many random ones of them make a target (REDQ: 10 and 2)
-    num_critics: int = ranged("[1, inf)", default=2)
-    target_subset: int = ranged("[1, inf)", default=2)
-    # what the actor maximises: the least of the critics, or their mean (REDQ, DroQ)
-    actor_value: Literal["min", "mean"] = "min"
-    # plain; dropout (DroQ); batch_renorm: batch renormalised and without target critics (CrossQ)
-    critic: Literal["plain", "dropout", "batch_renorm"] = "plain"
-    # LayerNorm in the critics
-    layer_norm: bool = False
-    # probability that a unit of a critic="dropout" is dropped
-    dropout: float = ranged("[0, 1)", default=0.01)
-    # the temperature at first, or for ever without learn_temperature
-    temperature: float = ranged("(0, inf)", default=1.0)
-    learn_temperature: bool = True
-    # bounds of the learned temperature, exp(-10) and exp(2)
-    temperature_min: float = ranged("(0, inf)", default=4.5399931e-05)
-    temperature_max: float = ranged("(0, inf)", default=7.3890562)
-    # correlation of the exploration's noise from one step to the next: 0 draws it anew, as SAC
-    # does; near 1 the actions sway slowly, while each alone still follows the policy
-    noise_correlation: float = ranged("[0, 1)", default=0.0)
-    # entropy that the temperature aims at, for each dimension of the action in [-1, 1]
-    target_entropy: float = -1.0
 
 
 class Params(NamedTuple):
@@ -122,48 +132,14 @@ class Learner(NamedTuple):
     init: Callable[[jax.Array], LearnerState]
     policy: Callable[[PyTree, jax.Array], TanhNormal]
     """(params.actor, obs [B, *obs_shape]) -> distribution of actions in [-1, 1]^D."""
+    init_memory: Callable[[int], jax.Array]
+    """(num_envs) -> the noise that `act` carries from step to step."""
+    act: Callable[..., tuple[jax.Array, jax.Array, tuple[()]]]
+    """(params.actor, memory, obs, is_first, key, explore) -> as `Agent.act`."""
     update: Callable[..., tuple[LearnerState, Metrics]]
     """(state, batches, key, first) -> (state, metrics): one gradient step for each entry of the
     leading axis of `batches` (NStep, [G, B, ...], actions in [-1, 1]); `first` is the number of
     the first one since the start, int32, never vmapped."""
-
-
-class Actor(linen.Module):
-    """[B, *obs_shape] -> mean and log standard deviation before the squashing, [B, D] each."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-
-    @linen.compact
-    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        size = self.spec.action_shape[0]
-        x = MLP(self.hidden, None, self.activation)(torso(self.spec)(obs))
-        log_std = jnp.clip(linen.Dense(size, name="log_std")(x), -20.0, 2.0)
-        return linen.Dense(size, name="mean")(x), log_std
-
-
-class Critic(linen.Module):
-    """[B, *obs_shape], [B, D] in [-1, 1] -> action values [B]."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-    layer_norm: bool
-    kind: str
-
-    @linen.compact
-    def __call__(self, obs, action, dropout_rate: Scalar = 0.0, train: bool = False) -> jax.Array:
-        x = jnp.concatenate([torso(self.spec)(obs), action], axis=-1)
-        net = MLP(
-            self.hidden,
-            1,
-            self.activation,
-            layer_norm=self.layer_norm,
-            dropout=self.kind == "dropout",
-            batch_renorm=self.kind == "batch_renorm",
-        )
-        return net(x, dropout_rate, train)[..., 0]
 
 
 def critic_target(
@@ -202,7 +178,7 @@ def temperature_loss(
     return -log_temperature * jnp.mean(error)
 
 
-def make_learner(config: Config, spec: EnvSpec) -> Learner:
+def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
     """The losses, networks and optimisers of one environment's SAC.
 
     Raises:
@@ -221,8 +197,10 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
         )
     cfg, num_critics, size = config, config.num_critics, spec.action_shape[0]
     renorm = cfg.critic == "batch_renorm"
-    actor_net = Actor(spec, cfg.hidden, cfg.activation)
-    critic_net = Critic(spec, cfg.critic_hidden, cfg.activation, cfg.layer_norm, cfg.critic)
+    actor_net = GaussianActor(spec, cfg.hidden, cfg.activation)
+    critic_net = ContinuousCritic(
+        spec, cfg.critic_hidden, cfg.activation, cfg.layer_norm, cfg.critic
+    )
     rates = (cfg.learning_rate, cfg.critic_learning_rate, cfg.temperature_learning_rate)
     optimisers: Any = Params(*(adam(rate, b1=cfg.adam_b1) for rate in rates))
 
@@ -239,6 +217,19 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
 
     def policy(actor: PyTree, obs: jax.Array) -> TanhNormal:
         return tanh_normal(*actor_net.apply(actor, obs))
+
+    def init_memory(num_envs: int) -> jax.Array:
+        return jnp.zeros((num_envs, size))
+
+    def act(actor: PyTree, memory: jax.Array, obs, is_first, key, explore: bool):
+        distribution = policy(actor, obs)
+        if not explore:
+            return spec.from_unit(distribution.mode()), memory, ()
+        # a process whose every value is standard normal (Uhlenbeck and Ornstein's); memory holds it
+        fresh = jax.random.normal(key, memory.shape)
+        rho = cfg.noise_correlation
+        memory = jnp.where(is_first[:, None], fresh, rho * memory + jnp.sqrt(1 - rho**2) * fresh)
+        return spec.from_unit(distribution.from_noise(memory)[0]), memory, ()
 
     def values(critic: PyTree, stats: PyTree, obs, action, key: jax.Array, train: bool = False):
         """Of each critic in the ensemble, [n, B]; with `train` also the new statistics."""
@@ -340,7 +331,7 @@ def make_learner(config: Config, spec: EnvSpec) -> Learner:
         state, metrics = jax.lax.scan(one, state, (numbers, batches, noise, subsets))
         return state, jax.tree.map(jnp.mean, metrics)
 
-    return Learner(init, policy, update)
+    return Learner(init, policy, init_memory, act, update)
 
 
 def make(config: Config, spec: EnvSpec) -> Agent:
@@ -361,17 +352,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         return State(learner.init(key), replay.init())
 
     def act(state: State, memory, obs, is_first, key, explore):
-        policy = learner.policy(state.learner.params.actor, obs)
-        if not explore:
-            return spec.from_unit(policy.mode()), memory, ()
-        # a process whose every value is standard normal (Uhlenbeck and Ornstein's); memory holds it
-        fresh = jax.random.normal(key, memory.shape)
-        rho = cfg.noise_correlation
-        memory = jnp.where(is_first[:, None], fresh, rho * memory + jnp.sqrt(1 - rho**2) * fresh)
-        return spec.from_unit(policy.from_noise(memory)[0]), memory, ()
-
-    def init_memory(num_envs: int) -> jax.Array:
-        return jnp.zeros((num_envs, *spec.action_shape))
+        return learner.act(state.learner.params.actor, memory, obs, is_first, key, explore)
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
         row = Transition(step.obs, spec.to_unit(step.action), *step[2:6])
@@ -387,7 +368,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         return state._replace(learner=moved), metrics
 
     schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
-    return Agent(init, init_memory, act, observe, update, schedule)
+    return Agent(init, learner.init_memory, act, observe, update, schedule)
 
 
 _SMALL = {

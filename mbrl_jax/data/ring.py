@@ -138,7 +138,7 @@ class Ring(NamedTuple):
         kept = jnp.minimum(written, self.steps)
         oldest = ((written - kept) % self.steps) * self.num_envs
         count = jnp.maximum(kept - n_step + 1, 1) * self.num_envs
-        return self._wrapped(oldest + _below(key, num, count))
+        return self._wrapped(oldest + below(key, num, count))
 
     def get(self, rows: Rows, index: jax.Array) -> PyTree:
         """The rows `index` (any shape, int32 in [0, capacity)): leaves [*index.shape, ...].
@@ -205,7 +205,7 @@ class Ring(NamedTuple):
 
         At least one row must be written, which the caller sees to.
         """
-        return _below(key, num, cursor.size)
+        return below(key, num, cursor.size)
 
     def _packed(self, batch: PyTree, num: int) -> Rows:
         packed = self.layout.pack(batch)
@@ -219,7 +219,7 @@ class Ring(NamedTuple):
         return jnp.where(index < self.capacity, index, index - self.capacity)
 
 
-def _below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:
+def below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:
     """[num] int32 in [0, count): the high word of 32 random bits times `count`.
 
     One draw for each, where `jax.random.randint` makes two. A chance differs from 1 / count by

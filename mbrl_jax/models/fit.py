@@ -10,6 +10,7 @@ slowest seed ends. "fixed_steps" takes the same number of gradient steps whateve
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -194,6 +195,25 @@ def fit(
     start = ((net, bounds), opt, net, jnp.full(num_members, jnp.inf), 0, 0, curves)
     trained, opt, best, error, _, _, curves = jax.lax.while_loop(goes_on, one_round, start)
     return Fitted(best, trained[1], scaling, opt, error, curves)
+
+
+def check_warmup(config: Config, warmup_steps: int, buffer_size: int) -> None:
+    """Whether an agent's random steps suffice for its first training.
+
+    Raises:
+      InputError: too few for a holdout, or more than its buffer holds.
+    """
+    if warmup_steps > buffer_size:
+        raise InputError(
+            f"warmup_steps = {warmup_steps}: expected at most buffer_size = {buffer_size}"
+        )
+    # a traced share is one of a sweep, whose values were checked to lie in (0, 1)
+    share = config.holdout
+    if isinstance(share, float) and int(share * warmup_steps) < 1:
+        raise InputError(
+            f"warmup_steps = {warmup_steps}: too few for a holdout of {share}; take "
+            f"{math.ceil(1 / share)} or more"
+        )
 
 
 def check(

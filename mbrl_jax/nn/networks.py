@@ -103,6 +103,44 @@ def torso(spec: EnvSpec) -> Torso:
     return Torso(spec.obs_shape, spec.num_obs)
 
 
+class GaussianActor(linen.Module):
+    """[B, *obs_shape] -> mean and log standard deviation before the squashing, [B, D] each."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+
+    @linen.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = self.spec.action_shape[0]
+        x = MLP(self.hidden, None, self.activation)(torso(self.spec)(obs))
+        log_std = jnp.clip(linen.Dense(size, name="log_std")(x), -20.0, 2.0)
+        return linen.Dense(size, name="mean")(x), log_std
+
+
+class ContinuousCritic(linen.Module):
+    """[B, *obs_shape], [B, D] in [-1, 1] -> action values [B]."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+    layer_norm: bool
+    kind: str
+
+    @linen.compact
+    def __call__(self, obs, action, dropout_rate: Scalar = 0.0, train: bool = False) -> jax.Array:
+        x = jnp.concatenate([torso(self.spec)(obs), action], axis=-1)
+        net = MLP(
+            self.hidden,
+            1,
+            self.activation,
+            layer_norm=self.layer_norm,
+            dropout=self.kind == "dropout",
+            batch_renorm=self.kind == "batch_renorm",
+        )
+        return net(x, dropout_rate, train)[..., 0]
+
+
 class Conv3x3(linen.Module):
     """A convolution without padding: [B, h, w, c] -> [B, h - 2, w - 2, features].
 
