@@ -18,6 +18,8 @@ from learning import Run
 RUNS = (
     Run("pets", "Pendulum-v1", 1_200, -200, 200, eval_episodes=10),
     Run("pets", "ContinuousCartPole-v0", 2_000, 475, 1_000, eval_episodes=5),
+    Run("mbpo", "Pendulum-v1", 2_000, -160, 200, eval_episodes=10),
+    Run("mbpo", "ContinuousCartPole-v0", 2_000, 475, 200, eval_episodes=10),
     Run("pets", "CartPole-v1", 2_000, None, 1_000, eval_episodes=5),
 )
 
@@ -31,6 +33,15 @@ QUICK = {  # fields of a run that only shows that everything works
         "num_elites": 2,
         "particles": 5,
         "iterations": 1,
+    },
+    "mbpo": {
+        "model": {"hidden": (16,)},
+        "training": {"max_epochs": 2},
+        "sac": {"hidden": (16,), "critic_hidden": (16,)},
+        "warmup_steps": 64,
+        "rollouts_per_step": 4,
+        "batch_size": 16,
+        "updates": 1,
     },
 }
 

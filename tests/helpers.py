@@ -21,16 +21,45 @@ SMALL = {
     "dqn": {"hidden": (8,), "batch_size": 8, "buffer_size": 64, "warmup_steps": 16},
     "ppo": {"hidden": (8,), "num_envs": 4, "num_steps": 8, "minibatches": 2, "epochs": 2},
     "sac": {
-        "hidden": (8,), "critic_hidden": (8,), "batch_size": 8, "buffer_size": 64,
-        "warmup_steps": 16, "steps_per_update": 2, "updates": 2,
+        "hidden": (8,),
+        "critic_hidden": (8,),
+        "batch_size": 8,
+        "buffer_size": 64,
+        "warmup_steps": 16,
+        "steps_per_update": 2,
+        "updates": 2,
     },
     "pets": {
-        "model": {"hidden": (8,), "weight_decay": (1e-5,)}, "num_members": 2, "particles": 2,
-        "training": {"batch_size": 8, "max_epochs": 2}, "horizon": 3, "num_samples": 8,
-        "num_elites": 2, "iterations": 2, "buffer_size": 64, "warmup_steps": 16,
+        "model": {"hidden": (8,), "weight_decay": (1e-5,)},
+        "num_members": 2,
+        "particles": 2,
+        "training": {"batch_size": 8, "max_epochs": 2},
+        "horizon": 3,
+        "num_samples": 8,
+        "num_elites": 2,
+        "iterations": 2,
+        "buffer_size": 64,
+        "warmup_steps": 16,
         "steps_per_update": 8,
     },
-}  # fmt: skip
+    "mbpo": {
+        "model": {"hidden": (8,), "weight_decay": (1e-5,)},
+        "num_members": 2,
+        "num_elites": 2,
+        "training": {"batch_size": 8, "max_epochs": 2},
+        "sac": {"hidden": (8,), "critic_hidden": (8,)},
+        "batch_size": 8,
+        "buffer_size": 64,
+        "warmup_steps": 16,
+        "model_period": 8,
+        "rollouts_per_step": 2,
+        "updates": 2,
+        "rollout_length": (1, 2),
+        "rollout_growth": (20, 60),
+        "retained": 2,
+    },
+}
+CONTINUOUS = ("sac", "mbpo")  # agents that cannot take discrete actions  # fmt: skip
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"
 # every program of a short run comes from the compilation cache
 ENVIRONMENT = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

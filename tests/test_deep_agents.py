@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import COLLECTIVES, SMALL, assert_same, rows, saved, steps, train_until
+from helpers import COLLECTIVES, CONTINUOUS, SMALL, assert_same, rows, saved, steps, train_until
 from probes import make, probes, quick
 
 from mbrl_jax import AGENTS, InputError, make_env, make_train, train
@@ -34,6 +34,12 @@ CASES = {
     "sac, redq": ("sac", "Pendulum-v1", {"num_critics": 3, "critic": "dropout"}),
     "pets": ("pets", "Pendulum-v1", {}),
     "pets, discrete": ("pets", "CartPole-v1", {"propagation": "ts1"}),
+    "mbpo": ("mbpo", "Pendulum-v1", {}),
+    "mbpo, macura": (
+        "mbpo",
+        "ContinuousCartPole-v0",
+        {"truncation": "macura", "length_by": "error", "num_envs": 2},
+    ),
     "sac, crossq": ("sac", "Pendulum-v1", {"critic": "batch_renorm", "policy_period": 3}),
 }
 PLAN = {"total_steps": 112, "eval_every": 32, "eval_episodes": 2, "eval_max_steps": 20}
@@ -48,7 +54,9 @@ def case(name):
     return agent, make_env(env), {**SMALL[agent], **fields}
 
 
-@pytest.mark.parametrize("name", cases(slow=["sac, redq", "dqn, plain"]))
+@pytest.mark.parametrize(
+    "name", cases(slow=["sac, redq", "dqn, plain", "pets, discrete", "mbpo, macura"])
+)
 def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path):
     agent, env, fields = case(name)
     config = AGENTS[agent].config_for(env.spec.id, **fields)
@@ -142,14 +150,14 @@ def test_rewards_that_are_not_finite_stop_the_run(agent, broken, tmp_path):
         rf"and the run has stopped; there is no checkpoint yet in {tmp_path}/run; try"
     )
     with pytest.raises(Diverged, match=said):
-        train(agent, broken[agent != "sac"], out=tmp_path / "run", **run)
+        train(agent, broken[agent not in CONTINUOUS], out=tmp_path / "run", **run)
     assert steps(tmp_path / "run") == []
     assert len(rows(tmp_path / "run")) == 3, "the bad chunk is in metrics.csv, for both seeds"
 
 
 @pytest.mark.parametrize("agent", SMALL)
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, tmp_path, capfd):
-    env = "Pendulum-v1" if agent == "sac" else "CartPole-v1"
+    env = "Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1"
     out = tmp_path / "run"
     # so large a step that the second or a later update overflows
     rate = {"learning_rate": 1e30} | ({"critic_learning_rate": 1e30} if agent == "sac" else {})
@@ -157,6 +165,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, t
     if agent == "pets":
         rate = {"training.learning_rate": 1e30, "training.batch_size": 8, "num_members": 2}
         fields = {k: v for k, v in fields.items() if not isinstance(v, dict)}
+    if agent == "mbpo":
+        rate = {"sac.learning_rate": 1e30, "sac.critic_learning_rate": 1e30, "num_members": 2}
+        rate |= {"training.max_epochs": 1, "num_elites": 1}
+        fields = {k: v for k, v in fields.items() if not isinstance(v, (dict, tuple))}
+        fields.pop("num_elites")
     options = [f"--agent.{k.replace('_', '-')}={v}" for k, v in {**fields, **rate}.items()]
     words = ["train", agent, "--env", env, "--seeds", "2", "--total-steps", "400"]
     words += ["--eval-every", "32", "--eval-episodes", "1", "--eval-max-steps", "5"]
@@ -205,7 +218,7 @@ def test_actions_beyond_the_bounds_are_counted():
     ids=["memory", "batch", "environments", "warm-up"],
 )
 def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, said, tmp_path):
-    env = "Pendulum-v1" if agent == "sac" else "CartPole-v1"
+    env = "Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1"
     out = tmp_path / "run"
     with pytest.raises(InputError, match=said):
         train(agent, env, seeds=4, out=out, **PLAN, **{**SMALL[agent], **fields})
@@ -226,6 +239,7 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, sa
         ("ppo", "CartPole-v1", 60_000, 350),
         ("sac", "Pendulum-v1", 4_000, -250),
         ("pets", "Pendulum-v1", 800, -400),
+        ("mbpo", "Pendulum-v1", 1_200, -400),
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, least):

@@ -73,7 +73,7 @@ DEFINITIONS = [*(AGENTS[name] for name in AGENTS), WANDERER]
 @pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda definition: definition.name)
 def test_one_trace_for_all_chunks_and_new_floats(definition, lake):
     definition, traces = counted(definition)
-    world = "Pendulum-v1" if definition.name in ("sac", "pets") else lake
+    world = "Pendulum-v1" if definition.name in ("sac", "pets", "mbpo") else lake
     fields = SMALL.get(definition.name, {})
     job = make_job(definition, world, 300, 2, 0, 50, 2, 20, "auto", fields)
     init, chunk = job.functions()

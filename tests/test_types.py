@@ -92,7 +92,7 @@ def test_an_unknown_name_is_told_with_the_nearest():
 def test_every_agent_builds_and_refuses_what_it_cannot_act_in():
     vector = EnvSpec("toy", (3,), "float32", 9, action_low=(-1.0,), action_high=(1.0,))
     for name, definition in AGENTS.items():
-        agent = make_agent(name, vector if name in ("sac", "pets") else SPEC)
+        agent = make_agent(name, vector if name in ("sac", "pets", "mbpo") else SPEC)
         assert agent.schedule.num_envs == getattr(definition.config, "num_envs", 1)
         assert definition.name == name
         assert definition.summary

@@ -15,7 +15,6 @@ measured error of the model.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -117,24 +116,6 @@ class State(NamedTuple):
     report: Metrics  # of the last training and its rollouts
 
 
-def scheduled_length(
-    length: tuple[int, ...], growth: tuple[int, ...], env_steps: jax.Array
-) -> jax.Array:
-    """Steps of a rollout after `env_steps`, int32: linear between both ends, rounded down.
-
-    Janner et al. (2019), appendix C: from length[0] at growth[0] to length[1] at growth[1].
-    """
-    (shortest, longest), (begin, end) = length, growth
-    share = jnp.clip((env_steps - begin) / max(end - begin, 1), 0.0, 1.0)
-    # a whole number that float32 rounds to just below it is still that
-    return jnp.floor(shortest + share * (longest - shortest) + 1e-4).astype(jnp.int32)
-
-
-def length_of_small_error(errors: jax.Array, limit: Scalar, shortest: int) -> jax.Array:
-    """The longest rollout whose `errors` [T] after 1, 2, ... steps are all below `limit`; int32."""
-    return jnp.maximum(jnp.sum(jnp.cumprod(errors < limit)), shortest).astype(jnp.int32)
-
-
 def sample_imagined(key: jax.Array, num: int, counts: jax.Array, capacity: int) -> jax.Array:
     """`num` rows, [num] int32, uniform with replacement over those of all rounds.
 
@@ -144,6 +125,20 @@ def sample_imagined(key: jax.Array, num: int, counts: jax.Array, capacity: int) 
     ends = jnp.cumsum(counts)
     at = jnp.minimum(jnp.sum(place[:, None] >= ends[None], axis=1), counts.shape[0] - 1)
     return at * capacity + jnp.maximum(place - (ends - counts)[at], 0)
+
+
+def mixed(
+    real: Transition, imagined: Transition, real_ratio: Scalar, batch_size: int
+) -> Transition:
+    """Batches [G, B, ...] of rows [G * B, ...]; floor(real_ratio * B) of each are real."""
+    num_real = jnp.floor(real_ratio * batch_size + 1e-4)
+    take_real = jnp.arange(batch_size) < num_real
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b = (x.reshape(-1, batch_size, *x.shape[1:]) for x in (a, b))
+        return jnp.where(take_real.reshape(1, -1, *[1] * (a.ndim - 2)), a, b)
+
+    return Transition(*map(pick, real, imagined))
 
 
 def make(config: Config, spec: EnvSpec) -> Agent:
@@ -162,7 +157,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     models = ensemble.make(_termination(cfg.model, spec), spec, cfg.num_members, cfg.num_elites)
     replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
     num_rollouts = cfg.rollouts_per_step * cfg.model_period * cfg.num_envs
-    longest = max(cfg.rollout_length)
+    longest = cfg.rollout_length[1]
     one_round = ring.make(ring.transition_example(spec), num_rollouts * longest)
     score = cfg.score if cfg.truncation != "none" else "none"
     model = models.model("ts1", score)
@@ -220,8 +215,10 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     def length_now(state: State, key: jax.Array, t: jax.Array) -> jax.Array:
         if cfg.length_by == "error":
             errors = fresh_errors(state, key, t)
-            return length_of_small_error(errors, cfg.error_limit, min(cfg.rollout_length))
-        return scheduled_length(cfg.rollout_length, cfg.rollout_growth, (t + 1) * cfg.num_envs)
+            return rollout.length_of_small_error(errors, cfg.error_limit, cfg.rollout_length[0])
+        return rollout.scheduled_length(
+            cfg.rollout_length, cfg.rollout_growth, (t + 1) * cfg.num_envs
+        )
 
     def rules(state: State, length: jax.Array) -> rollout.Rules:
         limits = rollout.obs_limits(state.params.scaling, cfg.clip_margin)
@@ -288,22 +285,14 @@ def make(config: Config, spec: EnvSpec) -> Agent:
 
     def batches(state: State, key: jax.Array, t: jax.Array) -> NStep:
         real_key, model_key = prng.split(key)
-        shape = (cfg.updates, cfg.batch_size)
-        num = math.prod(shape)
+        num = cfg.updates * cfg.batch_size
         counts = state.imagined.counts
         real: Transition = replay.get(state.replay, replay.sample_index(real_key, num, t + 1))
         index = sample_imagined(model_key, num, counts, one_round.capacity)
         dreamt: Transition = one_round.get(state.imagined.rows, index)
         # without a single imagined row, all are real
-        take_real = jnp.tile(jnp.arange(cfg.batch_size) < cfg.real_ratio * cfg.batch_size, shape[0])
-        take_real |= jnp.sum(counts) == 0
-
-        def mixed(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.where(take_real.reshape(-1, *[1] * (a.ndim - 1)), a, b).reshape(
-                *shape, *a.shape[1:]
-            )
-
-        row = Transition(*map(mixed, real, dreamt))
+        share = jnp.where(jnp.sum(counts) == 0, 1.0, cfg.real_ratio)
+        row = mixed(real, dreamt, share, cfg.batch_size)
         discount = jnp.where(row.terminated, 0.0, cfg.sac.gamma)
         return NStep(row.obs, spec.to_unit(row.action), row.reward, row.next_obs, discount)
 
@@ -312,7 +301,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         due = (t - first) % cfg.model_period == 0
         # a loop of one or no turn: a cond would copy the rollouts at every step
         state = jax.lax.fori_loop(
-            0, due.astype(jnp.int32), lambda i, state: refresh(state, refresh_key, t), state
+            0, jnp.int32(due), lambda i, s: refresh(s, jax.random.fold_in(refresh_key, i), t), state
         )
         moved, metrics = learner.update(
             state.learner, batches(state, batch_key, t), learn_key, (t - first) * cfg.updates
@@ -354,22 +343,26 @@ def _check(cfg: Config) -> None:
 
 # of the paper and its code (jannerm/mbpo); entropies are for each dimension of the action
 _PAPER = {"updates": 20, "sac": {"target_entropy": -0.5}}
+_SAC = {
+    "hidden": (64, 64),
+    "critic_hidden": (64, 64),
+    "learning_rate": 1e-3,
+    "critic_learning_rate": 1e-3,
+    "temperature_learning_rate": 1e-3,
+    "gamma": 0.98,
+    "reward_scale": 0.1,
+    "tau": 0.01,
+    "target_entropy": -1.0,
+    "layer_norm": True,
+}
 _SMALL = {
     "model": {"hidden": (128, 128), "weight_decay": (1e-5,)},
-    "training": {"batch_size": 128, "max_epochs": 30},
-    "sac": {
-        "hidden": (64, 64),
-        "critic_hidden": (64, 64),
-        "learning_rate": 1e-3,
-        "critic_learning_rate": 1e-3,
-        "temperature_learning_rate": 1e-3,
-        "target_entropy": -1.0,
-        "layer_norm": True,
-    },
+    "training": {"batch_size": 32},
+    "sac": _SAC,
     "num_members": 5,
     "num_elites": 3,
     "model_period": 100,
-    "rollouts_per_step": 50,
+    "rollouts_per_step": 100,
     "real_ratio": 0.1,
     "batch_size": 128,
     "buffer_size": 50_000,
@@ -377,8 +370,12 @@ _SMALL = {
 }
 PRESETS = {
     "Pendulum-v1": _SMALL,
-    "ContinuousCartPole-v0": _SMALL,
-    "MountainCarContinuous-v0": _SMALL | {"warmup_steps": 1_000},
+    "ContinuousCartPole-v0": {**_SMALL, "sac": {**_SAC, "gamma": 0.995, "learning_rate": 3e-4}},
+    "MountainCarContinuous-v0": {
+        **_SMALL,
+        "sac": {**_SAC, "gamma": 0.99, "noise_correlation": 0.99},
+        "warmup_steps": 1_000,
+    },
     "Reacher-misc": _SMALL,
     "PointRobot-misc": _SMALL,
     "HalfCheetah-v5": _PAPER | {"updates": 40, "buffer_size": 400_000},

@@ -209,6 +209,25 @@ def obs_limits(scaling: Scaling, margin: Scalar = 1.0) -> tuple[jax.Array, jax.A
     return scaling.obs_low - wider, scaling.obs_high + wider
 
 
+def scheduled_length(
+    length: tuple[int, ...], growth: tuple[int, ...], env_steps: jax.Array
+) -> jax.Array:
+    """Steps of a rollout after `env_steps`, int32: linear between both ends, rounded down.
+
+    Janner et al. (2019), appendix C: from length[0] at growth[0] to length[1] at growth[1].
+    """
+    (shortest, longest), (begin, end) = length, growth
+    span = max(end - begin, 1)
+    # in whole numbers, since float32 would round
+    grown = jnp.clip(env_steps - begin, 0, span) * (longest - shortest) // span
+    return jnp.int32(shortest) + grown
+
+
+def length_of_small_error(errors: jax.Array, limit: Scalar, shortest: int) -> jax.Array:
+    """The longest rollout whose `errors` [T] after 1, 2, ... steps are all below `limit`; int32."""
+    return jnp.maximum(jnp.sum(jnp.cumprod(errors < limit)), shortest).astype(jnp.int32)
+
+
 class History(NamedTuple):
     """The last n values of MACURA's threshold before it is averaged."""
 

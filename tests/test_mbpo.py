@@ -1,0 +1,203 @@
+"""MBPO: lengths, batches, rounds of rollouts and their truncation."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SMALL
+from probes import quick
+from scipy import stats
+from test_pets import batch
+
+from mbrl_jax import AGENTS, InputError, make_env
+from mbrl_jax.agents import make_agent, mbpo
+from mbrl_jax.data.ring import Transition
+from mbrl_jax.models import rollout
+from mbrl_jax.types import EnvSpec
+
+PENDULUM = make_env("Pendulum-v1").spec
+POLE = make_env("ContinuousCartPole-v0").spec
+FIRST, PERIOD = 16, 8  # of SMALL: the step of the first training, and those between two
+
+
+def config(**fields):
+    return AGENTS["mbpo"].config_for("Pendulum-v1", **{**SMALL["mbpo"], **fields})
+
+
+def trained(spec=PENDULUM, trainings=1, **fields):
+    """States after each training, on random steps; and the agent."""
+    agent = make_agent("mbpo", spec, config(**fields))
+    last = FIRST + PERIOD * (trainings - 1)
+    rows = [batch(spec, 1, t) for t in range(last + 1)]
+    update = quick(agent.update)
+
+    @quick
+    def observed(state, rows, first):
+        def one(i, state):
+            return agent.observe(state, jax.tree.map(lambda x: x[i], rows), (), first + i)
+
+        return jax.lax.fori_loop(0, rows.reward.shape[0], one, state)
+
+    state, states, done = quick(agent.init)(jax.random.key(0)), [], 0
+    for i in range(trainings):
+        t = FIRST + PERIOD * i
+        some = jax.tree.map(lambda *x: jnp.stack(x), *rows[done : t + 1])
+        state, _ = update(observed(state, some, done), jax.random.key(i), jnp.int32(t))
+        states.append(state)
+        done = t + 1
+    return states, agent
+
+
+def unpacked(state, spec=PENDULUM):
+    layout = mbpo.ring.make(mbpo.ring.transition_example(spec), 1).layout
+    return Transition(*map(np.asarray, layout.unpack(state.imagined.rows)))
+
+
+def test_the_scheduled_length_is_that_of_the_paper():
+    """Its code: k0 + (k1 - k0) (epoch - e0) / (e1 - e0), cut to its ends and rounded down."""
+    length, growth = (1, 15), (20_000, 150_000)
+    for steps in (1, 19_999, 20_000, 29_285, 29_286, 90_000, 149_999, 150_000, 900_000):
+        share = min(max((steps - growth[0]) / (growth[1] - growth[0]), 0), 1)
+        expected = int(np.floor(1 + share * 14))
+        assert rollout.scheduled_length(length, growth, jnp.int32(steps)) == expected
+    assert rollout.scheduled_length((3, 3), (5, 5), jnp.int32(7)) == 3
+
+
+def test_the_measured_length_ends_before_the_first_large_error():
+    errors = jnp.array([0.1, 0.15, 0.3, 0.1])
+    assert rollout.length_of_small_error(errors, 0.2, 1) == 2
+    assert rollout.length_of_small_error(errors, 0.05, 1) == 1
+    assert rollout.length_of_small_error(errors, 1.0, 1) == 4
+    assert rollout.length_of_small_error(jnp.array([jnp.inf, 0.0]), 1.0, 1) == 1
+    assert rollout.length_of_small_error(jnp.array([jnp.nan, 0.0]), 1.0, 1) == 1
+
+
+def test_imagined_rows_are_drawn_uniformly_over_all_rounds():
+    counts, capacity = jnp.array([3, 0, 5]), 8
+    rows = np.asarray(mbpo.sample_imagined(jax.random.key(0), 16_000, counts, capacity))
+    expected = [0, 1, 2, 16, 17, 18, 19, 20]
+    assert sorted(set(rows.tolist())) == expected
+    assert stats.chisquare(np.bincount(rows)[expected]).pvalue > 1e-3
+    nothing = mbpo.sample_imagined(jax.random.key(0), 5, jnp.array([0, 0]), capacity)
+    assert ((nothing >= 0) & (nothing < 16)).all()
+
+
+@pytest.mark.parametrize(("ratio", "num_real"), [(0.05, 12), (0.0, 0), (1.0, 256), (0.5, 128)])
+def test_each_batch_has_the_same_share_of_real_rows(ratio, num_real):
+    """Janner et al. take floor(0.05 * 256) = 12."""
+    real, dreamt = (Transition(*[jnp.full((512, 2), x)] * 6) for x in (1.0, 0.0))
+    got = mbpo.mixed(real, dreamt, ratio, 256)
+    assert got.obs.shape == (2, 256, 2)
+    assert got.reward[..., 0].sum(1).tolist() == [num_real] * 2
+
+
+def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes():
+    states, _ = trained(trainings=4)
+    num = 2 * PERIOD  # rollouts of a round
+    capacity = 2 * num
+    lengths = [float(state.report["rollout_limit"]) for state in states]
+    # 17, 25, 33, 41 steps; from 1 at 20 to 2 at 60
+    assert lengths == [1, 1, 1, 1]
+    assert [state.imagined.counts.tolist() for state in states] == [
+        [num, 0], [num, num], [num, num], [num, num],
+    ]  # fmt: skip
+    real = np.concatenate([batch(PENDULUM, 1, t).obs for t in range(FIRST + 1)])
+    first = unpacked(states[0])
+    starts = first.obs[:num]
+    assert (np.abs(starts[:, None] - real[None]).max(-1).min(1) < 1e-6).all()
+    assert not first.obs[num:].any()
+    assert not first.terminated.any()
+    low, high = map(np.asarray, rollout.obs_limits(states[0].params.scaling, 1.0))
+    inside = (first.next_obs[:num] >= low - 1e-5) & (first.next_obs[:num] <= high + 1e-5)
+    assert inside.all()
+    for i, slot in ((1, 1), (2, 0), (3, 1)):  # which round was replaced
+        before, after = unpacked(states[i - 1]).obs, unpacked(states[i]).obs
+        for j in range(2):
+            rows = slice(j * capacity, j * capacity + num)
+            assert np.array_equal(before[rows], after[rows]) == (j != slot)
+
+
+def test_between_trainings_the_model_stays_and_the_policy_learns():
+    (state,), agent = trained()
+    state = agent.observe(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
+    after, metrics = quick(agent.update)(state, jax.random.key(1), jnp.int32(FIRST + 1))
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after.imagined, state.imagined)
+    assert metrics["holdout_error"] == state.report["holdout_error"]
+    pair = zip(*(jax.tree.leaves(s.learner.params.actor) for s in (state, after)), strict=True)
+    assert max(np.abs(a - b).max() for a, b in pair) > 0
+
+
+def test_a_threshold_that_truncates_everything_leaves_real_batches():
+    (state,), _ = trained(truncation="threshold", score="std", threshold=1e-12)
+    assert state.imagined.counts.tolist() == [0, 0]
+    assert state.report["rollout_steps"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.learner))
+
+
+def test_macura_and_m2ac_keep_what_their_papers_keep():
+    (none, *_), _ = trained(rollout_length=(4, 4))
+    assert none.imagined.counts[0] == 4 * 2 * PERIOD
+    (state, later), _ = trained(trainings=2, truncation="macura", macura_percentile=50.0,
+                                macura_factor=1.0, rollout_length=(4, 4))  # fmt: skip
+    # at the first depth the median cuts half of the rollouts
+    assert 0 < state.imagined.counts[0] <= 4 * PERIOD
+    assert (state.history.added, later.history.added) == (1, 2)
+    assert state.history.values[0] > 0
+    (state,), _ = trained(truncation="m2ac", rollout_length=(4, 4))
+    shares = [(4 - i) / (2 * (4 + 1)) for i in range(4)]
+    assert state.imagined.counts[0] == sum(np.ceil(share * 2 * PERIOD) for share in shares)
+
+
+def test_the_measured_error_of_a_model_that_knows_nothing_gives_the_shortest_rollouts():
+    (state,), _ = trained(length_by="error", rollout_length=(1, 3), error_limit=1e-3)
+    assert state.report["rollout_limit"] == 1
+    (state,), _ = trained(length_by="error", rollout_length=(1, 3), error_limit=1e9)
+    assert state.report["rollout_limit"] == 3
+
+
+def test_an_unknown_termination_is_learned_and_said():
+    spec = EnvSpec("mine", (3,), "float32", 99, action_low=(-1.0,), action_high=(1.0,))
+    with pytest.warns(UserWarning, match="mine has no known termination function; MBPO learns it"):
+        agent = make_agent("mbpo", spec, config())
+    quick(agent.init)(jax.random.key(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_agent("mbpo", POLE, config())
+        make_agent("mbpo", spec, config(model={**SMALL["mbpo"]["model"], "termination": "never"}))
+
+
+def test_what_mbpo_cannot_do_is_refused():
+    discrete = make_env("CartPole-v1").spec
+    cases = [
+        (discrete, {}, "SAC needs continuous actions; CartPole-v1 has 2 discrete ones"),
+        (PENDULUM, {"rollout_length": (5, 1)}, r"rollout_length = \(5, 1\): expected two numbers"),
+        (PENDULUM, {"rollout_growth": (9, 1)}, r"rollout_growth = \(9, 1\): expected two numbers"),
+        (PENDULUM, {"rollout_length": (1,)}, r"rollout_length = \(1,\): expected two numbers"),
+        (PENDULUM, {"real_ratio": 1.5}, r"real_ratio = 1.5: expected a value in \[0, 1\]"),
+        (PENDULUM, {"warmup_steps": 4}, "warmup_steps = 4: too few for a holdout of 0.2"),
+        (PENDULUM, {"num_elites": 3}, "num_elites = 3: expected 1 to num_members = 2"),
+        (PENDULUM, {"length_by": "error", "rollout_length": (1, 9)}, "at most model_period = 8"),
+        (
+            PENDULUM,
+            {
+                "truncation": "macura",
+                "model": {"hidden": (8,), "weight_decay": (0.0,), "probabilistic": False},
+            },
+            "score = 'jensen_shannon': expected model.probabilistic = True",
+        ),
+    ]  # fmt: skip
+    for spec, fields, said in cases:
+        with pytest.raises(InputError, match=said):
+            make_agent("mbpo", spec, config(**fields))
+
+
+def test_presets_hold_for_the_environments_there_are():
+    for env_id in mbpo.PRESETS:
+        cfg = AGENTS["mbpo"].config_for(env_id)
+        if not env_id.endswith(("-v5",)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                make_agent("mbpo", make_env(env_id).spec, cfg)
