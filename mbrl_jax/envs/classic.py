@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import CartPole, ContinuousMountainCar, spaces
 
+from mbrl_jax.envs.locomotion import HalfCheetah, Hopper, InvertedPendulum, Walker2d
 from mbrl_jax.envs.sutton import BlockingMaze, DynaMaze, ShortcutMaze
 
 
@@ -74,6 +75,10 @@ OURS = {
     "BlockingMaze-sutton": BlockingMaze,
     "ShortcutMaze-sutton": ShortcutMaze,
     "ContinuousCartPole-v0": ContinuousCartPole,
+    "HalfCheetah-v5": HalfCheetah,
+    "Hopper-v5": Hopper,
+    "Walker2d-v5": Walker2d,
+    "InvertedPendulum-v5": InvertedPendulum,
 }
 
 

@@ -75,6 +75,27 @@ def continuous_mountain_car_termination(
     return (next_obs[..., 0] >= 0.45) & (next_obs[..., 1] >= 0.0)
 
 
+def hopper_termination(obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> jax.Array:
+    """A coordinate beyond 100, a torso below 0.7, or tilted by 0.2 rad; or no number."""
+    inside = jnp.all(jnp.abs(next_obs[..., 1:]) < 100.0, axis=-1)
+    return ~(inside & (next_obs[..., 0] > 0.7) & (jnp.abs(next_obs[..., 1]) < 0.2))
+
+
+def walker_termination(obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> jax.Array:
+    """A torso outside 0.8 to 2.0, or tilted by 1 rad; or no number."""
+    height = next_obs[..., 0]
+    upright = (height > 0.8) & (height < 2.0) & (jnp.abs(next_obs[..., 1]) < 1.0)
+    return ~(upright & jnp.isfinite(next_obs).all(axis=-1))
+
+
+def inverted_pendulum_termination(
+    obs: jax.Array, action: jax.Array, next_obs: jax.Array
+) -> jax.Array:
+    """A pole tilted by more than 0.2 rad; or no number."""
+    up = jnp.abs(next_obs[..., 1]) <= 0.2
+    return ~(up & jnp.isfinite(next_obs).all(axis=-1))
+
+
 def _has_fallen(obs: jax.Array) -> jax.Array:
     return (jnp.abs(obs[..., 0]) > 2.4) | (jnp.abs(obs[..., 2]) > 12 * 2 * math.pi / 360)
 
@@ -91,6 +112,14 @@ KNOWN: dict[str, tuple[Known, Known]] = {
     ),
 }
 """Reward and termination function by environment id."""
+
+TERMINATIONS: dict[str, Known] = {
+    "HalfCheetah-v5": never,
+    "Hopper-v5": hopper_termination,
+    "Walker2d-v5": walker_termination,
+    "InvertedPendulum-v5": inverted_pendulum_termination,
+}
+"""Termination functions of environments whose observations do not tell the reward."""
 
 
 def cartpole_state(obs: jax.Array) -> dict[str, jax.Array]:

@@ -21,7 +21,11 @@ _NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
 def list_envs() -> list[str]:
     """The ids that `make_env` knows."""
     gymnax = _gymnax()
-    return sorted(env for env in gymnax.registered_envs if env not in _NEEDS_DOWNLOAD)
+    from mbrl_jax.envs import locomotion
+
+    missing = () if locomotion.available() else locomotion.ROBOTS
+    left_out = {*_NEEDS_DOWNLOAD, *missing}
+    return sorted(env for env in gymnax.registered_envs if env not in left_out)
 
 
 def make_env(
@@ -80,8 +84,9 @@ def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, 
 def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) -> Env:
     from gymnax.environments import spaces
 
-    from mbrl_jax.envs.functions import KNOWN
+    from mbrl_jax.envs.functions import KNOWN, TERMINATIONS
 
+    known = KNOWN.get(id, (None, TERMINATIONS.get(id)))
     first, _ = jax.eval_shape(lambda: base.reset_env(jax.random.key(0), params))
     obs_space, action_space = base.observation_space(params), base.action_space(params)
     num_obs = obs_space.n if isinstance(obs_space, spaces.Discrete) and first.shape == () else None
@@ -95,7 +100,7 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     )
     if isinstance(action_space, spaces.Discrete):
         spec = dataclasses.replace(spec, num_actions=int(action_space.n))
-        return Env(base, params, _with_functions(spec, KNOWN.get(id)), None, None, cached_resets)
+        return Env(base, params, _with_functions(spec, *known), None, None, cached_resets)
     dim = math.prod(action_space.shape)
     low, high = (
         tuple(np.broadcast_to(np.asarray(bound, float), dim).tolist())
@@ -104,18 +109,20 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     bounds = ((-1.0,) * dim, (1.0,) * dim) if rescale else (low, high)
     spec = dataclasses.replace(spec, action_low=bounds[0], action_high=bounds[1])
     env = Env(base, params, spec, low, high, cached_resets)
-    spec = _with_functions(spec, KNOWN.get(id), env.native_action)
+    spec = _with_functions(spec, *known, env.native_action)
     return dataclasses.replace(env, spec=spec)
 
 
-def _with_functions(spec: EnvSpec, known: Any, native: Any = lambda action: action) -> EnvSpec:
-    if known is None:
-        return spec
-    reward, terminated = known
+def _with_functions(
+    spec: EnvSpec, reward: Any, terminated: Any, native: Any = lambda action: action
+) -> EnvSpec:
+    """`spec` with the known functions, which take actions in the units of `spec`."""
+
+    def in_units(known: Any) -> Any:
+        return known and (lambda obs, action, next_obs: known(obs, native(action), next_obs))
+
     return dataclasses.replace(
-        spec,
-        reward_fn=lambda obs, action, next_obs: reward(obs, native(action), next_obs),
-        termination_fn=lambda obs, action, next_obs: terminated(obs, native(action), next_obs),
+        spec, reward_fn=in_units(reward), termination_fn=in_units(terminated)
     )
 
 
@@ -143,6 +150,10 @@ def _freeze(value: Any) -> Any:
 
 def _factory(id: str) -> Any:
     gymnax = _gymnax()
+    from mbrl_jax.envs import locomotion
+
+    if id in locomotion.ROBOTS:
+        locomotion.require()
     if id not in list_envs():
         raise unknown("environment", id, list_envs())
     from mbrl_jax.envs.classic import MountainCarContinuous
