@@ -47,9 +47,12 @@ class Run(NamedTuple):
     statistic: Literal["IQM", "mean"] = "IQM"  # over seeds
     overrides: Mapping[str, Any] = {}  # beyond the preset
     long: bool = False  # only with --long
+    title: str = ""  # in place of the overrides
 
     @property
     def name(self) -> str:
+        if self.title:
+            return self.title
         return " ".join([self.agent, *(f"{k}={v}" for k, v in self.overrides.items())])
 
     @property
@@ -60,7 +63,7 @@ class Run(NamedTuple):
     @property
     def key(self) -> str:
         """Under which a result is stored, and what --only is compared with."""
-        rest = self.name.removeprefix(self.agent)
+        rest = f" {self.title}" if self.title else self.name.removeprefix(self.agent)
         return f"{self.agent} {self.env} {self.total_steps}{rest}"
 
 

@@ -20,7 +20,6 @@ RUNS = (
     Run("pets", "ContinuousCartPole-v0", 2_000, 475, 1_000, eval_episodes=5),
     Run("mbpo", "Pendulum-v1", 2_000, -160, 200, eval_episodes=10),
     Run("mbpo", "ContinuousCartPole-v0", 2_000, 475, 200, eval_episodes=10),
-    Run("pets", "CartPole-v1", 2_000, None, 1_000, eval_episodes=5),
 )
 
 QUICK = {  # fields of a run that only shows that everything works

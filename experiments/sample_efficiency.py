@@ -1,0 +1,153 @@
+"""Real steps and seconds that SAC, DroQ and MBPO need, with the same networks and warm-up.
+
+    python experiments/sample_efficiency.py
+    python experiments/sample_efficiency.py --only Pendulum
+
+All arms have MBPO's preset for the policy, the critics and the warm-up. "SAC" makes one update a
+step, "SAC, 20 updates" as many as MBPO, which is the honest ablation of the model, and "DroQ" as
+many with its dropout critics. A row is stored as soon as it has run (`learning.py`).
+
+Steps to a threshold are those of a seed's first evaluation at or above it; the ratio is that of
+the medians over seeds, infinite where half of the seeds never reach it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import learning
+import numpy as np
+import tyro
+from learning import Run
+
+from mbrl_jax.agents import AGENTS
+from mbrl_jax.analysis import plots
+from mbrl_jax.analysis.stats import bootstrap_interval, first_reach, steps_to_threshold
+
+THRESHOLDS = {"Pendulum-v1": -200.0, "ContinuousCartPole-v0": 475.0}
+BUDGETS = {"Pendulum-v1": (10_000, 2_000), "ContinuousCartPole-v0": (20_000, 2_000)}
+
+
+def arms(env: str) -> list[Run]:
+    """The rows of one environment."""
+    preset = AGENTS["mbpo"].presets[env]
+    shared = {**preset["sac"], "warmup_steps": preset["warmup_steps"], "buffer_size": 50_000}
+    many = AGENTS["mbpo"].config_for(env).updates
+    droq = {"critic": "dropout", "layer_norm": True, "actor_value": "mean"}
+    (slow, fast), target = BUDGETS[env], THRESHOLDS[env]
+
+    def sac(steps: int, title: str, **fields: Any) -> Run:
+        batch = {"batch_size": preset["batch_size"]}
+        every = 200 if steps == fast else 400
+        return Run("sac", env, steps, target, every, 10, overrides={**shared, **batch, **fields},
+                   title=title)  # fmt: skip
+
+    return [
+        sac(slow, "SAC"),
+        sac(fast, f"SAC, {many} updates", updates=many),
+        sac(fast, f"DroQ, {many} updates", updates=many, **droq),
+        Run("mbpo", env, fast, target, 200, 10, title="MBPO"),
+    ]
+
+
+RUNS = tuple(run for env in THRESHOLDS for run in arms(env))
+QUICK = {
+    "sac": {"hidden": (16,), "critic_hidden": (16,), "warmup_steps": 64, "updates": 1},
+    "mbpo": {
+        "model": {"hidden": (16,)},
+        "training": {"max_epochs": 2},
+        "sac": {"hidden": (16,), "critic_hidden": (16,)},
+        "warmup_steps": 64,
+        "rollouts_per_step": 4,
+        "updates": 1,
+    },
+}
+
+
+def main(
+    seeds: int = 6,
+    out: Path = Path("experiments/results"),
+    only: str = "",
+    quick: bool = False,
+    redraw: bool = False,
+    cpu_devices: int | None = None,
+) -> None:
+    """SAC, SAC and DroQ at MBPO's number of updates, and MBPO.
+
+    Args:
+      seeds: runs of each row.
+      out: folder of the figures and of the table.
+      only: a regular expression; rows match as "agent env steps title".
+      quick: 2 seeds and a few hundred steps, into files of their own, to see that it runs.
+      redraw: train nothing, only draw anew what is stored.
+      cpu_devices: CPU devices to spread the seeds over; by default as many as there are cores, or
+        the next smaller number that divides the seeds.
+    """
+    started, name = time.perf_counter(), "sample_efficiency"
+    learning.main(name, RUNS, QUICK, seeds, out, only, False, quick, redraw, cpu_devices)
+    compare(out / f"{name}{'_quick' if quick else ''}.json", started)
+
+
+def compare(path: Path, started: float) -> None:
+    """Figures over steps and seconds, and the table of steps to the threshold beside the runs."""
+    from common import report
+
+    stored = json.loads(path.read_text())["runs"]
+    tables: Any = {}
+    for env, threshold in THRESHOLDS.items():
+        found = {
+            key.split(maxsplit=3)[3]: record
+            for key, record in stored.items()
+            if key.split()[1] == env
+        }
+        if not found:
+            continue
+        by_steps, by_seconds = {}, {}
+        for title, record in found.items():
+            steps, returns = np.array(record["env_steps"]), np.array(record["eval_return"])
+            seconds = steps / steps[-1] * record["made"]["wall_seconds"] / len(returns)
+            by_steps[title], by_seconds[title] = (steps, returns), (seconds, returns)
+        stem = path.with_name(f"{path.stem}_{env.split('-')[0].lower()}")
+        more = {"title": f"{env}: greedy return", "references": {"threshold": threshold}}
+        plots.learning_curves(by_steps, stem, xlabel="real environment steps", **more)
+        plots.learning_curves(
+            by_seconds, stem.with_name(f"{stem.name}_seconds"),
+            xlabel="seconds a seed, evaluation and compilation included", **more,
+        )  # fmt: skip
+        tables[f"{env}: real steps to {threshold:g}"] = {
+            title: efficiency(by_steps, title, threshold) for title in by_steps
+        }
+    report(path.parent, f"{path.stem}_steps", tables, started)
+
+
+def efficiency(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str, threshold: float
+) -> dict[str, Any]:
+    """One column: the median of the steps, and its ratio to MBPO's."""
+    steps, returns = curves[title]
+    row: dict[str, Any] = {
+        "median of the first step there": steps_to_threshold(steps, returns, threshold),
+        "seeds that reach it": f"{int((returns >= threshold).any(axis=1).sum())} of {len(returns)}",
+        "budget": int(steps[-1]),
+    }
+    if "MBPO" in curves and title != "MBPO":
+        reach = [first_reach(*curves[name], threshold) for name in (title, "MBPO")]
+        # a seed that never gets there counts with its whole budget: the ratio is a lower bound
+        reach = [np.where(np.isfinite(r), r, curves[n][0][-1]) for r, n in zip(
+            reach, (title, "MBPO"), strict=True)]  # fmt: skip
+        if len(reach[0]) == len(reach[1]):
+            row["times MBPO's steps, at least"] = bootstrap_interval(np.stack(reach, 1), ratio)
+    return row
+
+
+def ratio(scores: np.ndarray) -> Any:
+    """Of the medians of two columns, [..., seeds, 2] -> [...]."""
+    return np.median(scores[..., 0], axis=-1) / np.median(scores[..., 1], axis=-1)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
