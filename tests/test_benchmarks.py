@@ -100,6 +100,32 @@ def test_mbrl_lib_and_rl_blox_take_part(tmp_path):
     assert {"mbrl-lib", "rl-blox"} <= peers
 
 
+def run_bench_mbpo(out, *options):
+    script = [sys.executable, str(BENCHMARKS / "bench_mbpo.py"), "--quick", "--repeats", "1"]
+    script += ["--sizes", "Pendulum", "--seeds", "2"]
+    done = subprocess.run(
+        [*script, *options, "--out", str(out)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((out / "bench_mbpo.json").read_text())["rows"]
+    return row
+
+
+def test_bench_mbpo_tells_the_whole_and_its_parts(tmp_path):
+    row = run_bench_mbpo(tmp_path, "--no-peers")
+    assert row["seeds"] == 2
+    assert row["seconds"][0] > 0
+    assert list(row["parts"]) == ["model training", "rollouts", "policy updates", "environment"]
+    assert all(seconds > 0 for seconds in row["parts"].values())
+
+
+@pytest.mark.skipif(
+    not (BENCHMARKS / ".venv-mbrl-lib").exists(), reason="bench_models.py has not made it here"
+)
+def test_mbrl_libs_mbpo_takes_part(tmp_path):
+    assert run_bench_mbpo(tmp_path)["ratio"] > 0
+
+
 WORKER = """
 import peer_process
 

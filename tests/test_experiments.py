@@ -13,8 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import dyna_frozenlake
 import dyna_mazes
 import learning
+import mbpo_ablation
+import model_based
 import model_error
 import model_free
+import sample_efficiency
 from common import per_episode
 
 nan = np.nan
@@ -151,7 +154,7 @@ def test_model_free_rows_merge_and_redraw(tmp_path):
 
 
 def test_model_free_runs_end_within_their_budgets():
-    for run in model_free.RUNS:
+    for run in (*model_free.RUNS, *model_based.RUNS, *sample_efficiency.RUNS, *mbpo_ablation.RUNS):
         exact = learning.fitted(run, {})
         assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
         assert exact.eval_every <= run.eval_every
@@ -189,3 +192,27 @@ def test_model_error_at_a_tiny_size(tmp_path):
     error = {n: row["MSE of the transitions"]["point"] for n, row in remedies.items()}
     assert error["short rollouts (5)"] < error["none"]
     assert error["half real data"] == pytest.approx(error["none"] / 2)
+
+
+def test_sample_efficiency_at_a_tiny_size(tmp_path):
+    rows = "Pendulum-v1 512 (SAC|MBPO)$"
+    sample_efficiency.main(out=tmp_path, only=rows, quick=True)
+    figures = [f"sample_efficiency_quick_pendulum{kind}" for kind in ("", "_seconds")]
+    tables = saved(tmp_path, "sample_efficiency_quick_steps", figures)
+    (columns,) = tables.values()
+    assert list(columns) == ["SAC", "MBPO"]
+    assert columns["SAC"]["seeds that reach it"] == "0 of 2"
+    assert columns["SAC"]["median of the first step there"]["point"] is None, "never"
+
+
+def test_steps_to_a_threshold_and_their_ratio():
+    steps = np.array([100.0, 200.0, 300.0, 400.0])
+    slow = np.array([[0, 0, 0, 1.0]] * 3)
+    fast = np.array([[1.0, 0, 0, 0]] * 3)
+    curves = {"SAC": (steps, slow), "MBPO": (steps, fast)}
+    row = sample_efficiency.efficiency(curves, "SAC", 1.0)
+    assert row["median of the first step there"].point == 400
+    assert row["times MBPO's steps, at least"] == (4.0, 4.0, 4.0)
+    never = sample_efficiency.efficiency({**curves, "SAC": (steps, 0 * slow)}, "SAC", 1.0)
+    assert never["median of the first step there"].point == np.inf
+    assert never["times MBPO's steps, at least"].point == 4.0

@@ -1,0 +1,265 @@
+"""Seconds of 1,000 real steps of MBPO, the whole loop and its parts, against mbrl-lib's MBPO.
+
+Two sizes on equal settings, the same networks, batches, epochs, rollouts and updates on both sides:
+
+- Pendulum: Pendulum-v1, model 2 x 128, policy and critics 2 x 64, 20 updates a step.
+- HalfCheetah: 17 observations and 6 actions that drift linearly (so that the environment costs
+  nothing), model 4 x 200 with 7 members, policy and critics 2 x 256, 40 updates a step.
+
+The model is trained every `period` steps for the same number of passes, without early stopping. The
+clock runs from the first step after the random ones to the end; neither side is evaluated, and our
+compilation is told apart. The sides alternate; the ratio is the median of the pairs'. Several seeds
+are one run of ours (one after another on each CPU device) against as many of theirs in turn.
+
+The parts are functions of ours alone, compiled and timed by themselves and multiplied by how often
+1,000 steps call them.
+
+    python benchmarks/bench_mbpo.py
+
+mbrl-lib lives in benchmarks/.venv-mbrl-lib, which bench_models.py makes too. Writes
+benchmarks/results/bench_mbpo.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import peer_process
+from bench_models import MBRL_LIB, MBRL_LIB_NEEDS
+from flax import struct
+from gymnax.environments import environment, spaces
+from peer_process import Peer, timed
+
+from mbrl_jax import AGENTS, make_env
+from mbrl_jax.agents import sac
+from mbrl_jax.data.ring import NStep, Transition
+from mbrl_jax.envs import Env
+from mbrl_jax.models import ensemble, rollout
+from mbrl_jax.runtime import devices
+from mbrl_jax.runtime.loop import make_program
+from mbrl_jax.types import EnvSpec
+
+HERE = Path(__file__).parent
+SIZES = {
+    "Pendulum": {
+        "env": "Pendulum-v1", "shape": (3, 1), "steps": 1_000, "period": 100, "warmup": 500,
+        "model_hidden": 128, "model_layers": 2, "members": 5, "elites": 3, "model_batch": 128,
+        "epochs": 20, "rollouts": 100, "sac_hidden": 64, "updates": 20, "batch": 128,
+        "real_ratio": 0.05,
+    },
+    "HalfCheetah": {
+        "env": "linear", "shape": (17, 6), "steps": 250, "period": 250, "warmup": 5_000,
+        "model_hidden": 200, "model_layers": 4, "members": 7, "elites": 5, "model_batch": 256,
+        "epochs": 20, "rollouts": 400, "sac_hidden": 256, "updates": 40, "batch": 256,
+        "real_ratio": 0.05,
+    },
+}  # fmt: skip
+
+
+@struct.dataclass
+class Drift(environment.EnvState):
+    obs: jax.Array
+
+
+class Linear(environment.Environment):
+    """obs' = 0.95 obs + 0.1 times the action, repeated over the dimensions."""
+
+    def __init__(self, obs: int, act: int):
+        super().__init__()
+        self.shape = (obs, act)
+
+    @property
+    def default_params(self) -> environment.EnvParams:
+        return environment.EnvParams(max_steps_in_episode=1_000)
+
+    def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Drift]:
+        return jnp.zeros(self.shape[0]), Drift(jnp.int32(0), jnp.zeros(self.shape[0]))
+
+    def step_env(self, key: jax.Array, state: Drift, action: Any, params: Any) -> Any:
+        obs = 0.95 * state.obs + 0.1 * jnp.resize(action, (self.shape[0],))
+        reward = -jnp.sum(jnp.square(obs))
+        return obs, Drift(state.time + 1, obs), reward, jnp.bool_(False), {}
+
+    def action_space(self, params: Any = None) -> spaces.Box:
+        return spaces.Box(-1.0, 1.0, (self.shape[1],))
+
+
+def world(size: dict[str, Any]) -> Env:
+    if size["env"] != "linear":
+        return make_env(size["env"])
+    obs, act = size["shape"]
+    low, high = (-1.0,) * act, (1.0,) * act
+    spec = EnvSpec("linear", (obs,), "float32", 1_000, action_low=low, action_high=high)
+    base = Linear(obs, act)
+    return Env(base, base.default_params, spec, low, high)
+
+
+def config(size: dict[str, Any]) -> Any:
+    hidden = (size["sac_hidden"],) * 2
+    return AGENTS["mbpo"].config_for(
+        "",
+        model={
+            "hidden": (size["model_hidden"],) * size["model_layers"], "weight_decay": (5e-5,),
+            "learn_bounds": False, "normalise_targets": False, "termination": "never",
+        },
+        training={
+            "batch_size": size["model_batch"], "max_epochs": size["epochs"],
+            "patience": size["epochs"],
+        },
+        sac={"hidden": hidden, "critic_hidden": hidden},
+        num_members=size["members"], num_elites=size["elites"], model_period=size["period"],
+        rollouts_per_step=size["rollouts"], retained=max(size["steps"] // size["period"], 1),
+        real_ratio=size["real_ratio"], batch_size=size["batch"], updates=size["updates"],
+        buffer_size=size["warmup"] + size["steps"], warmup_steps=size["warmup"],
+    )  # fmt: skip
+
+
+def whole(size: dict[str, Any], seeds: int) -> tuple[Callable[[], float], float]:
+    """Runs of `steps` real steps after the warm-up, and the seconds of compilation."""
+    env, cfg, agent = world(size), config(size), AGENTS["mbpo"]
+    total = size["warmup"] + size["steps"]
+    program = make_program(agent, env, cfg, total, size["steps"], 0)
+    mesh = devices.seed_mesh(seeds)
+    init = jax.jit(devices.over_seeds(program.init, mesh, "map", shared=1))
+    period = jax.jit(devices.over_seeds(program.period, mesh, "map", shared=2))
+    keys = devices.put_seeds(jax.random.split(jax.random.key(0), seeds), mesh)
+    run = jax.block_until_ready(init(keys, cfg))
+    compile_s, ready = timed(lambda: period.lower(run, cfg, jnp.int32(0)).compile())
+    return lambda: timed(ready, run, cfg, jnp.int32(0))[0], compile_s
+
+
+def parts(size: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Seconds of 1,000 steps spent in each part, timed by itself."""
+    env, cfg = world(size), config(size)
+    spec, thousand = env.spec, 1_000
+    models = ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_elites)
+    learner = sac.make_learner(cfg.sac, spec)
+    num = cfg.rollouts_per_step * cfg.model_period
+    keys = jax.random.split(jax.random.key(0), 8)
+    params, state = models.init(keys[0]), learner.init(keys[1])
+
+    def rows(key: jax.Array, *lead: int) -> Transition:
+        obs = jax.random.normal(key, (*lead, *spec.obs_shape))
+        flag = jnp.zeros(lead, bool)
+        return Transition(obs, jnp.tanh(jax.random.normal(key, (*lead, *spec.action_shape))),
+                          jnp.zeros(lead), 0.9 * obs, flag, flag)  # fmt: skip
+
+    def train(params: Any, data: Transition) -> Any:
+        size_now = jnp.int32(data.reward.shape[0])
+        opt = models.init_opt(params)
+        return models.fit(params, opt, cfg.training, data, size_now, keys[2])[0].net
+
+    def imagine(params: Any, state: Any, obs: jax.Array) -> Any:
+        def act(obs: jax.Array, key: jax.Array, depth: jax.Array) -> jax.Array:
+            distribution = learner.policy(state.params.actor, obs)
+            noise = jax.random.normal(key, distribution.mean_before.shape)
+            return distribution.from_noise(noise)[0]
+
+        return rollout.rollout(models.model("ts1"), params, obs, act, keys[3], max_length=1)
+
+    def learn(state: Any, batches: NStep) -> Any:
+        return learner.update(state, batches, keys[4], jnp.int32(0))[0]
+
+    def step(world_state: Any, actions: jax.Array) -> Any:
+        return jax.lax.scan(lambda s, a: (env.step(keys[5], s, a)[0], None), world_state, actions)[
+            0
+        ]
+
+    batch = rows(keys[6], cfg.updates, cfg.batch_size)
+    batches = NStep(*batch[:4], jnp.full(batch.reward.shape, 0.99))
+    calls = {
+        "model training": (
+            thousand / cfg.model_period, train, params, rows(keys[6], cfg.buffer_size),
+        ),
+        "rollouts": (thousand / cfg.model_period, imagine, params, state, rows(keys[6], num).obs),
+        "policy updates": (thousand, learn, state, batches),
+        "environment": (
+            1, step, env.reset(keys[7])[0], jnp.zeros((thousand, *spec.action_shape)),
+        ),
+    }  # fmt: skip
+    found = {}
+    for name, (times, fn, *args) in calls.items():
+        ready = jax.jit(fn)
+        timed(ready, *args)
+        found[name] = times * statistics.median(timed(ready, *args)[0] for _ in range(repeats))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--no-peers", action="store_true", help="our side alone")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny sizes; makes no virtual environment")  # fmt: skip
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_num_cpu_devices", 2)
+
+    from mbrl_jax.runtime.logs import describe_machine
+
+    folder = HERE / ".venv-mbrl-lib"
+    if not args.quick and not args.no_peers:
+        peer_process.provide(folder, MBRL_LIB, *MBRL_LIB_NEEDS, loose="mbrl")
+    with_peer = not args.no_peers and peer_process.has(folder, MBRL_LIB)
+    record: dict[str, Any] = {"made": describe_machine(), "versions": MBRL_LIB, "rows": []}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "bench_mbpo.json"
+    for name in args.sizes:
+        size = SIZES[name]
+        if args.quick:
+            size = {**size, "steps": 8, "period": 4, "warmup": 300, "epochs": 1, "updates": 1}
+        split = parts(size, args.repeats)
+        for seeds in args.seeds:
+            run, compile_s = whole(size, seeds)
+            run()
+            peer = None
+            if with_peer:
+                peer = Peer(
+                    peer_process.interpreter(folder), HERE / "peer_mbpo.py", env=size["env"],
+                    shape=size["shape"], steps=size["steps"], settings=size,
+                )  # fmt: skip
+            row: dict[str, Any] = {"size": name, "seeds": seeds, "compile_s": compile_s}
+            row |= {"parts": split, "steps": size["steps"]}
+            row |= peer_process.alternate(run, peer, args.repeats)
+            if peer:
+                for field in ("ratio", "ratio_min", "ratio_max"):
+                    row[field] *= seeds
+                row["peer"] = peer.info
+                peer.close()
+            record["rows"].append(row)
+            path.write_text(json.dumps(record, indent=2) + "\n")
+            print(line(row), flush=True)
+    print("\n".join(["", *HEADER, *map(line, record["rows"])]) + f"\n\nwritten: {path}")
+
+
+HEADER = [
+    "| size | seeds | s per 1,000 steps and seed | theirs | ratio | training | rollouts | updates "
+    "| environment | compile s |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def line(row: dict[str, Any]) -> str:
+    thousand = 1_000 / row["steps"]
+    ours = thousand * statistics.median(row["seconds"]) / row["seeds"]
+    theirs = ratio = "-"
+    if "ratio" in row:
+        theirs = f"{thousand * statistics.median(row['peer_seconds']):.1f}"
+        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+    cells = [row["size"], str(row["seeds"]), f"{ours:.1f}", theirs, ratio]
+    cells += [f"{seconds:.2f}" for seconds in row["parts"].values()]
+    return "| " + " | ".join([*cells, f"{row['compile_s']:.1f}"]) + " |"
+
+
+if __name__ == "__main__":
+    main()
