@@ -13,6 +13,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
     f"mbrl_jax_tests_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}",
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# most of the time is compilation: with less optimisation the suite takes about half of it
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -44,6 +44,7 @@ def run_bench_model_free(out, *options):
     return json.loads((out / "bench_model_free.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_bench_model_free_writes_a_row_for_every_agent(tmp_path):
     rows = run_bench_model_free(tmp_path, "--no-peers", "--seeds", "2")
     assert [(row["agent"], row["seeds"]) for row in rows] == [("dqn", 2), ("ppo", 2), ("sac", 2)]
@@ -111,6 +112,7 @@ def run_bench_mbpo(out, *options):
     return row
 
 
+@pytest.mark.slow
 def test_bench_mbpo_tells_the_whole_and_its_parts(tmp_path):
     row = run_bench_mbpo(tmp_path, "--no-peers")
     assert row["seeds"] == 2

@@ -173,6 +173,7 @@ def test_model_free_target_must_hold_to_the_end():
     assert learning.held_from(steps, np.array([3.0, 3.0, 1.0]), 2.0) == np.inf
 
 
+@pytest.mark.slow
 def test_model_error_at_a_tiny_size(tmp_path):
     model_error.main(out=tmp_path, only="Pendulum", quick=True)
     kinds = ("growth", "calibration", "disagreement", "returns")
@@ -194,6 +195,7 @@ def test_model_error_at_a_tiny_size(tmp_path):
     assert error["half real data"] == pytest.approx(error["none"] / 2)
 
 
+@pytest.mark.slow
 def test_sample_efficiency_at_a_tiny_size(tmp_path):
     rows = "Pendulum-v1 512 (SAC|MBPO)$"
     sample_efficiency.main(out=tmp_path, only=rows, quick=True)

@@ -89,6 +89,7 @@ def test_an_unknown_name_is_told_with_the_nearest():
     assert "known: ['a', 'b']" in str(unknown("env", "zzzzzz", ["a", "b"]))
 
 
+@pytest.mark.filterwarnings("ignore:toy has no known termination")
 def test_every_agent_builds_and_refuses_what_it_cannot_act_in():
     vector = EnvSpec("toy", (3,), "float32", 9, action_low=(-1.0,), action_high=(1.0,))
     for name, definition in AGENTS.items():

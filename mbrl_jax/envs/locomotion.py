@@ -161,8 +161,8 @@ class Locomotion(environment.Environment):
         return ~self.robot.healthy(state.qpos, state.qvel)
 
     def action_space(self, params: Any = None) -> spaces.Box:
-        low, high = np.float32(self.model.actuator_ctrlrange).T
-        return spaces.Box(low, high, (self.model.nu,))
+        ends = np.asarray(self.model.actuator_ctrlrange, np.float32)  # [nu, 2]
+        return spaces.Box(ends[:, 0], ends[:, 1], (self.model.nu,))
 
     def observation_space(self, params: Any = None) -> spaces.Box:
         size = self.model.nq - int(self.robot.hide_first) + self.model.nv

@@ -86,7 +86,7 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
 
     from mbrl_jax.envs.functions import KNOWN, TERMINATIONS
 
-    known = KNOWN.get(id, (None, TERMINATIONS.get(id)))
+    reward, terminated = KNOWN.get(id, (None, TERMINATIONS.get(id)))
     first, _ = jax.eval_shape(lambda: base.reset_env(jax.random.key(0), params))
     obs_space, action_space = base.observation_space(params), base.action_space(params)
     num_obs = obs_space.n if isinstance(obs_space, spaces.Discrete) and first.shape == () else None
@@ -100,7 +100,9 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     )
     if isinstance(action_space, spaces.Discrete):
         spec = dataclasses.replace(spec, num_actions=int(action_space.n))
-        return Env(base, params, _with_functions(spec, *known), None, None, cached_resets)
+        return Env(
+            base, params, _with_functions(spec, reward, terminated), None, None, cached_resets
+        )
     dim = math.prod(action_space.shape)
     low, high = (
         tuple(np.broadcast_to(np.asarray(bound, float), dim).tolist())
@@ -109,7 +111,7 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     bounds = ((-1.0,) * dim, (1.0,) * dim) if rescale else (low, high)
     spec = dataclasses.replace(spec, action_low=bounds[0], action_high=bounds[1])
     env = Env(base, params, spec, low, high, cached_resets)
-    spec = _with_functions(spec, *known, env.native_action)
+    spec = _with_functions(spec, reward, terminated, env.native_action)
     return dataclasses.replace(env, spec=spec)
 
 
