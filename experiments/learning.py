@@ -11,6 +11,7 @@ budget; the best evaluation and the step from which on the target holds are repo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -79,35 +80,58 @@ STYLE = {
 }
 
 
-def main(
-    name: str,
-    all_rows: Sequence[Run],
-    quick_fields: Mapping[str, Mapping[str, Any]],
-    seeds: int,
-    out: Path,
-    only: str,
-    long: bool,
-    quick: bool,
-    redraw: bool,
-    cpu_devices: int | None,
-) -> None:
-    """Trains the chosen rows one by one into out/name.json and draws what is stored.
+QUICK: dict[str, dict[str, Any]] = {  # of a run that only shows that everything works
+    "dqn": {"num_envs": 1, "warmup_steps": 64, "hidden": (16,)},
+    "ppo": {"num_envs": 4, "num_steps": 32, "minibatches": 2, "hidden": (16,)},
+    "sac": {"num_envs": 1, "warmup_steps": 64, "hidden": (16,), "critic_hidden": (16,)},
+    "pets": {
+        "model": {"hidden": (16,)},
+        "training": {"max_epochs": 2},
+        "warmup_steps": 64,
+        "horizon": 3,
+        "num_samples": 8,
+        "num_elites": 2,
+        "particles": 5,
+        "iterations": 1,
+    },
+    "mbpo": {
+        "model": {"hidden": (16,)},
+        "training": {"max_epochs": 2},
+        "sac": {"hidden": (16,), "critic_hidden": (16,)},
+        "warmup_steps": 64,
+        "rollouts_per_step": 4,
+        "batch_size": 16,
+        "updates": 1,
+    },
+}
 
-    Args:
-      name: of the table and the figure.
-      all_rows: what there is.
-      quick_fields: of an agent's config, for a run that only shows that everything works.
-      seeds: runs of each row.
-      out: folder of the figure and of the table.
-      only: a regular expression; rows match as "agent env steps overrides".
-      long: the long rows, too.
-      quick: 2 seeds and a few hundred steps, into files of their own, to see that it runs.
-      redraw: train nothing, only draw anew what is stored.
-      cpu_devices: CPU devices to spread the seeds over; by default as many as there are cores, or
-        the next smaller number that divides the seeds.
-    """
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Of every script here, on its command line."""
+
+    # runs of each row
+    seeds: int = 6
+    # folder of the figures and of the table
+    out: Path = Path("experiments/results")
+    # a regular expression; rows match as "agent env steps", then their title or overrides
+    only: str = ""
+    # the rows marked as long, too
+    long: bool = False
+    # 2 seeds and a few hundred steps, into files of their own, to see that it runs
+    quick: bool = False
+    # train nothing, only draw anew what is stored
+    redraw: bool = False
+    # CPU devices to spread the seeds over; by default as many as there are cores, or the next
+    # smaller number that divides the seeds
+    cpu_devices: int | None = None
+
+
+def main(name: str, rows: Sequence[Run], options: Options) -> Path:
+    """Trains the chosen rows one by one and draws what is stored; -> the table's file."""
+    only, long, quick, cpu_devices = options.only, options.long, options.quick, options.cpu_devices
     started = time.perf_counter()
-    seeds, rows = (2 if quick else seeds), tuple(all_rows)
+    seeds = 2 if quick else options.seeds
     if quick:
         rows = tuple(r._replace(total_steps=512, eval_every=192, eval_episodes=2) for r in rows)
     chosen = [r for r in rows if re.search(only, r.key) and (long or not r.long)]
@@ -120,15 +144,16 @@ def main(
         cpu_devices = max(n for n in range(1, (os.cpu_count() or 1) + 1) if seeds % n == 0)
     with contextlib.suppress(RuntimeError):  # a program that calls main may have started it
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    path = out / f"{name}{'_quick' if quick else ''}.json"
-    if redraw:
+    path = options.out / f"{name}{'_quick' if quick else ''}.json"
+    if options.redraw:
         save(path, rows, {}, seeds, started)
-        return
+        return path
     # all of them before the first trains, so that a bad row is not found hours later
-    trained = [fitted(row, quick_fields[row.agent] if quick else {}) for row in chosen]
+    trained = [fitted(row, QUICK[row.agent] if quick else {}) for row in chosen]
     for row, exact in zip(chosen, trained, strict=True):
         print(f"{row.key}, {seeds} seeds", flush=True)
         save(path, rows, {row.key: train(exact, seeds)}, seeds, started)
+    return path
 
 
 def fitted(run: Run, fields: Mapping[str, Any]) -> Run:

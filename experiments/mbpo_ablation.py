@@ -10,12 +10,11 @@ error ruins; MACURA's truncation cuts them where the ensemble disagrees.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import learning
 import tyro
-from learning import Run
+from learning import Options, Run
 
 LENGTHS, RATIOS, MEMBERS = (1, 2, 5, 10, 20), (0.0, 0.05, 0.5, 1.0), (1, 3, 7)
 BUDGETS = {"Pendulum-v1": 1_000, "ContinuousCartPole-v0": 1_000}
@@ -37,39 +36,7 @@ def rows(env: str) -> list[Run]:
 
 
 RUNS = tuple(run for env in BUDGETS for run in rows(env))
-QUICK = {
-    "mbpo": {
-        "model": {"hidden": (16,)},
-        "training": {"max_epochs": 2},
-        "sac": {"hidden": (16,), "critic_hidden": (16,)},
-        "warmup_steps": 64,
-        "rollouts_per_step": 4,
-        "updates": 1,
-    },
-}
-
-
-def main(
-    seeds: int = 6,
-    out: Path = Path("experiments/results"),
-    only: str = "",
-    quick: bool = False,
-    redraw: bool = False,
-    cpu_devices: int | None = None,
-) -> None:
-    """Rollout length with and without truncation, share of real data, size of the ensemble.
-
-    Args:
-      seeds: runs of each row.
-      out: folder of the figure and of the table.
-      only: a regular expression; rows match as "agent env steps title".
-      quick: 2 seeds and a few hundred steps, into files of their own, to see that it runs.
-      redraw: train nothing, only draw anew what is stored.
-      cpu_devices: CPU devices to spread the seeds over; by default as many as there are cores, or
-        the next smaller number that divides the seeds.
-    """
-    learning.main("mbpo_ablation", RUNS, QUICK, seeds, out, only, False, quick, redraw, cpu_devices)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    learning.main("mbpo_ablation", RUNS, tyro.cli(Options, description=__doc__))

@@ -22,7 +22,7 @@ from typing import Any
 import learning
 import numpy as np
 import tyro
-from learning import Run
+from learning import Options, Run
 
 from mbrl_jax.agents import AGENTS
 from mbrl_jax.analysis import plots
@@ -55,41 +55,12 @@ def arms(env: str) -> list[Run]:
 
 
 RUNS = tuple(run for env in THRESHOLDS for run in arms(env))
-QUICK = {
-    "sac": {"hidden": (16,), "critic_hidden": (16,), "warmup_steps": 64, "updates": 1},
-    "mbpo": {
-        "model": {"hidden": (16,)},
-        "training": {"max_epochs": 2},
-        "sac": {"hidden": (16,), "critic_hidden": (16,)},
-        "warmup_steps": 64,
-        "rollouts_per_step": 4,
-        "updates": 1,
-    },
-}
 
 
-def main(
-    seeds: int = 6,
-    out: Path = Path("experiments/results"),
-    only: str = "",
-    quick: bool = False,
-    redraw: bool = False,
-    cpu_devices: int | None = None,
-) -> None:
-    """SAC, SAC and DroQ at MBPO's number of updates, and MBPO.
-
-    Args:
-      seeds: runs of each row.
-      out: folder of the figures and of the table.
-      only: a regular expression; rows match as "agent env steps title".
-      quick: 2 seeds and a few hundred steps, into files of their own, to see that it runs.
-      redraw: train nothing, only draw anew what is stored.
-      cpu_devices: CPU devices to spread the seeds over; by default as many as there are cores, or
-        the next smaller number that divides the seeds.
-    """
-    started, name = time.perf_counter(), "sample_efficiency"
-    learning.main(name, RUNS, QUICK, seeds, out, only, False, quick, redraw, cpu_devices)
-    compare(out / f"{name}{'_quick' if quick else ''}.json", started)
+def main(options: Options) -> None:
+    """Trains the chosen rows, and compares all that are stored."""
+    started = time.perf_counter()
+    compare(learning.main("sample_efficiency", RUNS, options), started)
 
 
 def compare(path: Path, started: float) -> None:
@@ -150,4 +121,4 @@ def ratio(scores: np.ndarray) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(tyro.cli(Options, description=__doc__))

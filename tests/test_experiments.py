@@ -1,5 +1,6 @@
 """The experiments at a tiny size: their files are whole, their numbers are possible."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -125,10 +126,11 @@ def test_moving_maze(tmp_path):
 def test_model_free_rows_merge_and_redraw(tmp_path):
     first, second = "ppo Pendulum-v1 512", "sac Pendulum-v1 512 updates=4"
     file = tmp_path / "model_free_quick.json"
-    model_free.main(out=tmp_path, only=first, quick=True)
+    quick = functools.partial(learning.Options, out=tmp_path, quick=True)
+    learning.main("model_free", model_free.RUNS, quick(only=first))
     alone = json.loads(file.read_text())["runs"]
     assert list(alone) == [first]
-    model_free.main(out=tmp_path, only="Pendulum.*updates", quick=True)
+    learning.main("model_free", model_free.RUNS, quick(only="Pendulum.*updates"))
     whole = json.loads(file.read_text())
     assert list(whole["runs"]) == [first, second]
     assert whole["runs"][first] == alone[first]
@@ -147,7 +149,7 @@ def test_model_free_rows_merge_and_redraw(tmp_path):
     figure = tmp_path / "model_free_quick.png"
     before = figure.read_bytes()
     figure.unlink()
-    model_free.main(out=tmp_path, quick=True, redraw=True)
+    learning.main("model_free", model_free.RUNS, quick(redraw=True))
     assert figure.read_bytes() == before
     again = json.loads(file.read_text())
     assert (again["runs"], again["tables"]) == (whole["runs"], whole["tables"])
@@ -159,7 +161,8 @@ def test_model_free_runs_end_within_their_budgets():
         assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
         assert exact.eval_every <= run.eval_every
     with pytest.raises(SystemExit, match="matches no row; there are\n  dqn CartPole-v1 100000\n"):
-        model_free.main(only="ppo Breakout")  # without --long
+        # without --long
+        learning.main("model_free", model_free.RUNS, learning.Options(only="ppo Breakout"))
     short = model_free.RUNS[0]._replace(total_steps=1001)
     with pytest.raises(SystemExit, match="first update is at step 1016, past the budget"):
         learning.fitted(short, {"num_envs": 4, "warmup_steps": 1000, "steps_per_update": 4})
@@ -198,7 +201,7 @@ def test_model_error_at_a_tiny_size(tmp_path):
 @pytest.mark.slow
 def test_sample_efficiency_at_a_tiny_size(tmp_path):
     rows = "Pendulum-v1 512 (SAC|MBPO)$"
-    sample_efficiency.main(out=tmp_path, only=rows, quick=True)
+    sample_efficiency.main(learning.Options(out=tmp_path, only=rows, quick=True))
     figures = [f"sample_efficiency_quick_pendulum{kind}" for kind in ("", "_seconds")]
     tables = saved(tmp_path, "sample_efficiency_quick_steps", figures)
     (columns,) = tables.values()

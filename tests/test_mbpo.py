@@ -11,7 +11,7 @@ from probes import quick
 from scipy import stats
 from test_pets import batch
 
-from mbrl_jax import AGENTS, InputError, make_env
+from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.agents import make_agent, mbpo
 from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import rollout
@@ -192,6 +192,24 @@ def test_what_mbpo_cannot_do_is_refused():
     for spec, fields, said in cases:
         with pytest.raises(InputError, match=said):
             make_agent("mbpo", spec, config(**fields))
+
+
+def test_rollouts_that_do_not_fit_are_refused_with_their_bytes(tmp_path):
+    fields = {**SMALL["mbpo"], "retained": 10**8}
+    with pytest.raises(InputError, match=r"takes [\d.]+ GiB \(.*imagined.* GiB a seed\), expected"):
+        train("mbpo", "Pendulum-v1", 64, 2, out=tmp_path / "run", **fields)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_of_a_seed_is_that_of_its_rows():
+    cfg = config(rollouts_per_step=50, buffer_size=5_000)
+    state = jax.eval_shape(make_agent("mbpo", PENDULUM, cfg).init, jax.random.key(0))
+    row = 4 * (2 * 3 + 1 + 1) + 2  # two observations, action, reward, two flags
+    found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.imagined.rows))
+    # retained trainings x rollouts a step x steps between trainings x longest rollout
+    assert found == 2 * 50 * PERIOD * 2 * row
+    found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.replay))
+    assert found == 5_000 * row
 
 
 def test_presets_hold_for_the_environments_there_are():
