@@ -14,6 +14,7 @@ from mbrl_jax.runtime.train import make_job
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 def test_bench_dyna_writes_a_row_for_every_cell(tmp_path):
     script = [sys.executable, str(BENCHMARKS / "bench_dyna.py")]
     options = ["--quick", "--repeats", "1", "--seeds", "1", "4", "--out", str(tmp_path)]

@@ -101,6 +101,7 @@ def test_dyna_maze(tmp_path):
     assert exact["optimum"] == pytest.approx(14)
 
 
+@pytest.mark.slow
 def test_prioritised_sweeping(tmp_path):
     dyna_mazes.sweeping(tmp_path, seeds=8, budgets={1: 3000})
     (row,) = saved(tmp_path, "sweeping", ["sweeping"]).popitem()[1].values()
@@ -112,6 +113,7 @@ def test_prioritised_sweeping(tmp_path):
     assert 0 < sweeps <= 5 * row["prioritised sweeping: environment steps"]
 
 
+@pytest.mark.slow
 def test_moving_maze(tmp_path):
     dyna_mazes.fig8_4(tmp_path, seeds=8, agents=("Dyna-Q", "Dyna-Q+, κ = 1e-3"))
     tables = saved(tmp_path, "fig8_4", ["fig8_4"])

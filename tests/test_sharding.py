@@ -106,6 +106,7 @@ def assert_equals_single(out, single):
     assert_same(saved(out), saved(single))
 
 
+@pytest.mark.slow
 def test_two_processes(single, tmp_path):
     out = tmp_path / "run"
     for code, _, err in finish_both(two_processes(*COMMAND.split(), out, "--cpu-devices", 2)):
