@@ -2,7 +2,8 @@
 
 Two sizes on equal settings, the same networks, batches, epochs, rollouts and updates on both sides:
 
-- Pendulum: Pendulum-v1, model 2 x 128, policy and critics 2 x 64, 20 updates a step.
+- Pendulum: Pendulum-v1, model 2 x 128 with 5 members (mbrl-lib cannot cut the rollouts into 3
+  elites), policy and critics 2 x 64, 20 updates a step.
 - HalfCheetah: 17 observations and 6 actions that drift linearly (so that the environment costs
   nothing), model 4 x 200 with 7 members, policy and critics 2 x 256, 40 updates a step.
 
@@ -33,8 +34,6 @@ import jax
 import jax.numpy as jnp
 import peer_process
 from bench_models import MBRL_LIB, MBRL_LIB_NEEDS
-from flax import struct
-from gymnax.environments import environment, spaces
 from peer_process import Peer, timed
 
 from mbrl_jax import AGENTS, make_env
@@ -50,7 +49,7 @@ HERE = Path(__file__).parent
 SIZES = {
     "Pendulum": {
         "env": "Pendulum-v1", "shape": (3, 1), "steps": 1_000, "period": 100, "warmup": 500,
-        "model_hidden": 128, "model_layers": 2, "members": 5, "elites": 3, "model_batch": 128,
+        "model_hidden": 128, "model_layers": 2, "members": 5, "elites": 5, "model_batch": 128,
         "epochs": 20, "rollouts": 100, "sac_hidden": 64, "updates": 20, "batch": 128,
         "real_ratio": 0.05,
     },
@@ -63,41 +62,31 @@ SIZES = {
 }  # fmt: skip
 
 
-@struct.dataclass
-class Drift(environment.EnvState):
-    obs: jax.Array
-
-
-class Linear(environment.Environment):
-    """obs' = 0.95 obs + 0.1 times the action, repeated over the dimensions."""
-
-    def __init__(self, obs: int, act: int):
-        super().__init__()
-        self.shape = (obs, act)
-
-    @property
-    def default_params(self) -> environment.EnvParams:
-        return environment.EnvParams(max_steps_in_episode=1_000)
-
-    def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Drift]:
-        return jnp.zeros(self.shape[0]), Drift(jnp.int32(0), jnp.zeros(self.shape[0]))
-
-    def step_env(self, key: jax.Array, state: Drift, action: Any, params: Any) -> Any:
-        obs = 0.95 * state.obs + 0.1 * jnp.resize(action, (self.shape[0],))
-        reward = -jnp.sum(jnp.square(obs))
-        return obs, Drift(state.time + 1, obs), reward, jnp.bool_(False), {}
-
-    def action_space(self, params: Any = None) -> spaces.Box:
-        return spaces.Box(-1.0, 1.0, (self.shape[1],))
-
-
 def world(size: dict[str, Any]) -> Env:
-    if size["env"] != "linear":
-        return make_env(size["env"])
-    obs, act = size["shape"]
-    low, high = (-1.0,) * act, (1.0,) * act
-    spec = EnvSpec("linear", (obs,), "float32", 1_000, action_low=low, action_high=high)
-    base = Linear(obs, act)
+    return drift(*size["shape"]) if size["env"] == "linear" else make_env(size["env"])
+
+
+def drift(num_obs: int, num_actions: int) -> Env:
+    """obs' = 0.95 obs + 0.1 times the action, repeated over the dimensions."""
+    # gymnax starts the backend, which has to wait until `main` has set the devices
+    from gymnax.environments import environment
+
+    class Linear(environment.Environment):
+        def reset_env(self, key: jax.Array, params: Any) -> Any:
+            obs = jnp.zeros(num_obs)
+            return obs, {"time": jnp.int32(0), "obs": obs}
+
+        def step_env(self, key: jax.Array, state: Any, action: Any, params: Any) -> Any:
+            obs = 0.95 * state["obs"] + 0.1 * jnp.resize(action, (num_obs,))
+            state = {"time": state["time"] + 1, "obs": obs}
+            return obs, state, -jnp.sum(jnp.square(obs)), jnp.bool_(False), {}
+
+        def is_truncated(self, state: Any, params: Any) -> jax.Array:
+            return state["time"] >= 1_000
+
+    low, high = (-1.0,) * num_actions, (1.0,) * num_actions
+    spec = EnvSpec("linear", (num_obs,), "float32", 1_000, action_low=low, action_high=high)
+    base = Linear()
     return Env(base, base.default_params, spec, low, high)
 
 

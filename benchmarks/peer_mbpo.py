@@ -52,6 +52,11 @@ class Clocked(gym.Wrapper):
         return obs, reward, terminated, truncated or self.short, info
 
 
+def box(low: Any, high: Any, shape: Any) -> gym.spaces.Box:
+    """The action space from lists, as mbrl-lib's configuration holds them."""
+    return gym.spaces.Box(np.float32(list(low)), np.float32(list(high)), dtype=np.float32)
+
+
 def config(request: dict[str, Any], steps: int) -> omegaconf.DictConfig:
     s = request["settings"]
     return omegaconf.OmegaConf.create({
@@ -65,8 +70,7 @@ def config(request: dict[str, Any], steps: int) -> omegaconf.DictConfig:
             "agent": {
                 "_target_": "mbrl.third_party.pytorch_sac_pranz24.sac.SAC", "num_inputs": "???",
                 "action_space": {
-                    "_target_": "gymnasium.spaces.Box", "low": "???", "high": "???",
-                    "shape": "???",
+                    "_target_": "peer_mbpo.box", "low": "???", "high": "???", "shape": "???",
                 },
                 "args": {
                     "gamma": 0.99, "tau": 0.005, "alpha": 0.2, "policy": "Gaussian",
@@ -77,7 +81,7 @@ def config(request: dict[str, Any], steps: int) -> omegaconf.DictConfig:
             },
         },
         "dynamics_model": {
-            "_target_": "mbrl.models.GaussianMLP", "device": "cpu",
+            "_target_": "mbrl.models.GaussianMLP", "_recursive_": False, "device": "cpu",
             "num_layers": s["model_layers"], "ensemble_size": s["members"],
             "hid_size": s["model_hidden"], "in_size": "???", "out_size": "???",
             "deterministic": False, "propagation_method": "random_model",
