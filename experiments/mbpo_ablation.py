@@ -10,32 +10,46 @@ error ruins; MACURA's truncation cuts them where the ensemble disagrees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import learning
 import tyro
-from learning import Options, Run
+from learning import CHEETAH, Options, Run
 
 LENGTHS, RATIOS, MEMBERS = (1, 2, 5, 10, 20), (0.0, 0.05, 0.5, 1.0), (1, 3, 7)
-BUDGETS = {"Pendulum-v1": 1_000, "ContinuousCartPole-v0": 1_000}
 
 
-def rows(env: str) -> list[Run]:
-    """The rows of one environment."""
-
-    def run(title: str, **fields: Any) -> Run:
-        return Run("mbpo", env, BUDGETS[env], None, 200, 10, overrides=fields, title=title)
-
-    found = [
-        run(f"length {n}{', macura' * (cut == 'macura')}", rollout_length=(n, n), truncation=cut)
-        for n in LENGTHS
+def rows(env: str, steps: int, lengths: Sequence[int], note: str = "", **shared: Any) -> list[Run]:
+    """The rows of rollout lengths of one environment."""
+    every, episodes = steps // 2, 2 if shared else 10
+    return [
+        Run("mbpo", env, steps, None, every, episodes,
+            overrides={**shared, "rollout_length": (n, n), "truncation": cut},
+            title=f"length {n}{', macura' * (cut == 'macura')}{note}")
+        for n in lengths
         for cut in ("none", "macura")
+    ]  # fmt: skip
+
+
+def parts(env: str, steps: int) -> list[Run]:
+    """The rows of real shares and of ensembles."""
+    fields = [(f"real share {ratio:g}", {"real_ratio": ratio}) for ratio in RATIOS]
+    fields += [(f"members {n}", {"num_members": n, "num_elites": min(n, 3)}) for n in MEMBERS]
+    return [
+        Run("mbpo", env, steps, None, steps // 2, 10, overrides=overrides, title=title)
+        for title, overrides in fields
     ]
-    found += [run(f"real share {ratio:g}", real_ratio=ratio) for ratio in RATIOS]
-    return found + [run(f"members {n}", num_members=n, num_elites=min(n, 5)) for n in MEMBERS]
 
 
-RUNS = tuple(run for env in BUDGETS for run in rows(env))
+CARTPOLE = ("ContinuousCartPole-v0", 800)
+RUNS = (
+    *rows(*CARTPOLE, LENGTHS),
+    *parts(*CARTPOLE),
+    *rows("HalfCheetah-v5", 6_000, (1, 20), **CHEETAH),
+    # as in the paper, where predictions may leave the range of the data
+    *rows("HalfCheetah-v5", 4_000, (1, 50), ", no clipping", **CHEETAH, clip_margin=1e6),
+)
 
 
 if __name__ == "__main__":

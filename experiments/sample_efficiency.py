@@ -5,7 +5,8 @@
 
 All arms have MBPO's preset for the policy, the critics and the warm-up. "SAC" makes one update a
 step, "SAC, 20 updates" as many as MBPO, which is the honest ablation of the model, and "DroQ" as
-many with its dropout critics. A row is stored as soon as it has run (`learning.py`).
+many with its dropout critics. HalfCheetah is smaller than in the paper (`learning.CHEETAH`). A row
+is stored as soon as it has run (`learning.py`).
 
 Steps to a threshold are those of a seed's first evaluation at or above it; the ratio is that of
 the medians over seeds, infinite where half of the seeds never reach it.
@@ -22,35 +23,41 @@ from typing import Any
 import learning
 import numpy as np
 import tyro
-from learning import Options, Run
+from learning import CHEETAH, Options, Run
 
 from mbrl_jax.agents import AGENTS
 from mbrl_jax.analysis import plots
 from mbrl_jax.analysis.stats import bootstrap_interval, first_reach, steps_to_threshold
 
-THRESHOLDS = {"Pendulum-v1": -200.0, "ContinuousCartPole-v0": 475.0}
-BUDGETS = {"Pendulum-v1": (10_000, 2_000), "ContinuousCartPole-v0": (20_000, 2_000)}
+THRESHOLDS = {"Pendulum-v1": -200.0, "ContinuousCartPole-v0": 475.0, "HalfCheetah-v5": 500.0}
+# steps of SAC and of the others, evaluation of both, and episodes of one evaluation
+BUDGETS = {
+    "Pendulum-v1": (10_000, 2_000, 100, 10),
+    "ContinuousCartPole-v0": (20_000, 2_000, 200, 10),
+    "HalfCheetah-v5": (10_000, 10_000, 1_500, 2),
+}
 
 
 def arms(env: str) -> list[Run]:
     """The rows of one environment."""
-    preset = AGENTS["mbpo"].presets[env]
-    shared = {**preset["sac"], "warmup_steps": preset["warmup_steps"], "buffer_size": 50_000}
-    many = AGENTS["mbpo"].config_for(env).updates
+    reduced = CHEETAH if env == "HalfCheetah-v5" else {}
+    settings: dict[str, Any] = {**AGENTS["mbpo"].presets[env], **reduced}
+    shared = {**settings["sac"], "warmup_steps": settings["warmup_steps"], "buffer_size": 50_000}
+    many = AGENTS["mbpo"].config_for(env, **reduced).updates
     droq = {"critic": "dropout", "layer_norm": True, "actor_value": "mean"}
-    (slow, fast), target = BUDGETS[env], THRESHOLDS[env]
+    slow, fast, every, episodes = BUDGETS[env]
+    target = THRESHOLDS[env]
 
     def sac(steps: int, title: str, **fields: Any) -> Run:
-        batch = {"batch_size": preset["batch_size"]}
-        every = 200 if steps == fast else 400
-        return Run("sac", env, steps, target, every, 10, overrides={**shared, **batch, **fields},
-                   title=title)  # fmt: skip
+        batch = {"batch_size": settings["batch_size"]}
+        return Run("sac", env, steps, target, every, episodes,
+                   overrides={**shared, **batch, **fields}, title=title)  # fmt: skip
 
     return [
         sac(slow, "SAC"),
         sac(fast, f"SAC, {many} updates", updates=many),
         sac(fast, f"DroQ, {many} updates", updates=many, **droq),
-        Run("mbpo", env, fast, target, 200, 10, title="MBPO"),
+        Run("mbpo", env, fast, target, every, episodes, overrides=reduced, title="MBPO"),
     ]
 
 

@@ -369,7 +369,7 @@ _SMALL = {
     "warmup_steps": 200,
 }
 PRESETS = {
-    "Pendulum-v1": _SMALL,
+    "Pendulum-v1": {**_SMALL, "model_period": 50, "rollout_length": (10, 10), "updates": 40},
     "ContinuousCartPole-v0": {**_SMALL, "sac": {**_SAC, "gamma": 0.995, "learning_rate": 3e-4}},
     "MountainCarContinuous-v0": {
         **_SMALL,

@@ -1,0 +1,282 @@
+"""The trees of all roots as one flat forest, descended without a loop.
+
+Row i * B + b is node i of root b, so that the nodes which one batch of simulations adds are one
+slice. Edge row * W + a is action a at a row, whose W cells hold first its edges.
+
+Every rule of selection here sees the node alone, so a node's choice changes only when a simulation
+passes through it. Each edge therefore keeps the edge at which greedy descent through it ends
+(`target`), and the backup, which walks the path anyway, renews it. Selection is one lookup.
+
+Values follow the running mean of mctx and the papers: the value of a node is the mean over its own
+evaluation and the returns of the simulations through it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_jax.search.base import QTransform
+from mbrl_jax.search.seeds import Model
+
+VISITS, QVALUE, VALUE, TARGET = range(4)
+"""Of an edge: int32, bits of float32, bits of the child's value, int32."""
+RAW, REWARD, DISCOUNT, PARENT = range(4)
+"""Of a node: bits of float32 thrice, the edge it hangs at (int32)."""
+
+
+class Node(NamedTuple):
+    """What a rule of selection may see; L nodes."""
+
+    prior: jax.Array  # [L, A] probabilities, -inf where an action is not allowed
+    visits: jax.Array  # [L, A] int32
+    qvalues: jax.Array  # [L, A], 0 where not visited
+    raw: jax.Array  # [L]
+    value: jax.Array  # [L]
+    total: jax.Array  # [L] int32 visits of the node, its own evaluation among them
+
+
+Rule = Callable[[Node], jax.Array]
+"""Scores [L, A] of the actions of L nodes; the greatest is taken, the first among equals."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """R = N * B rows of W cells of four numbers.
+
+    A row's cells: its A edges, its prior, filled up to whole cells, and its node.
+    """
+
+    table: jax.Array  # [R, 4 W] int32
+    embedding: Any  # [R, ...]
+    root_value: jax.Array  # [B]
+    depth: jax.Array | None  # [R] int32, where depth is limited
+    num_actions: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def batch(self) -> int:
+        return self.root_value.shape[0]
+
+    @property
+    def cells(self) -> jax.Array:
+        """[R * W, 4] int32; edges and nodes are numbers of cells."""
+        return self.table.reshape(-1, 4)
+
+    @property
+    def width(self) -> int:
+        """Cells of a row."""
+        return self.num_actions + -(-self.num_actions // 4) + 1
+
+
+def bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def number(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.float32)
+
+
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+def pick(x: jax.Array, action: jax.Array) -> jax.Array:
+    """x [L, A] at actions [L]."""
+    return jnp.take_along_axis(x, action[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
+
+
+class NodeView:
+    """One node in the clothes of a tree, for transforms of the form (tree, node index)."""
+
+    def __init__(self, node: Node):
+        self._node = node
+
+    def qvalues(self, index: Any) -> jax.Array:
+        return self._node.qvalues
+
+    @property
+    def children_visits(self) -> jax.Array:
+        return self._node.visits[None]
+
+    @property
+    def children_prior_probs(self) -> jax.Array:
+        return self._node.prior[None]
+
+    @property
+    def children_prior_logits(self) -> jax.Array:
+        return safe_log(self._node.prior)[None]
+
+    @property
+    def raw_values(self) -> jax.Array:
+        return self._node.raw[None]
+
+    @property
+    def node_values(self) -> jax.Array:
+        return self._node.value[None]
+
+    @property
+    def node_visits(self) -> jax.Array:
+        return self._node.total[None]
+
+
+def safe_log(probs: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
+
+
+def transformed(qtransform: QTransform, node: Node) -> jax.Array:
+    """The transform of every node, [L, A]."""
+    return jax.vmap(lambda one: qtransform(NodeView(one), 0))(node)
+
+
+def record(
+    prior: jax.Array, raw: jax.Array, reward: jax.Array, discount: jax.Array, edge: jax.Array
+) -> jax.Array:
+    """The rows [L, 4 W] of new nodes that hang at the edges [L]."""
+    num, num_actions = prior.shape
+    node = jnp.stack([bits(raw), bits(reward), bits(discount), edge], axis=-1)
+    edges = jnp.zeros((num, 4 * num_actions), jnp.int32)
+    fill = jnp.zeros((num, -num_actions % 4), jnp.int32)
+    return jnp.concatenate([edges, bits(prior), fill, node], axis=-1)
+
+
+def unpack(rows: jax.Array, num_actions: int) -> tuple[Node, jax.Array]:
+    """Rows [L, 4 W] -> nodes with their raw values and no visits of their own; their cells."""
+    edges = rows[:, : 4 * num_actions].reshape(-1, num_actions, 4)
+    prior, cell = number(rows[:, 4 * num_actions : 5 * num_actions]), rows[:, -4:]
+    raw, zero = number(cell[:, RAW]), jnp.zeros(rows.shape[0], jnp.int32)
+    return Node(prior, edges[..., VISITS], number(edges[..., QVALUE]), raw, raw, zero), cell
+
+
+def plant(
+    prior: jax.Array, value: jax.Array, embedding: Any, num_nodes: int, limited: bool = False
+) -> Forest:
+    """The roots, with room for `num_nodes` nodes under each, itself among them.
+
+    Raises:
+      ValueError: more edges than int32 can number.
+    """
+    batch, num_actions = prior.shape
+    nothing = jnp.zeros(batch)
+    root = record(prior, value, nothing, nothing, jnp.zeros(batch, jnp.int32))
+    num_rows = batch * num_nodes
+    if num_rows * root.shape[1] // 4 >= 2**31:
+        raise ValueError(
+            f"{batch} roots with {num_nodes} nodes of {num_actions} actions: expected fewer than "
+            "2^31 edges; search in smaller batches"
+        )
+    empty = Forest(
+        jnp.zeros((num_rows, root.shape[1]), jnp.int32),
+        jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), embedding),
+        value, jnp.zeros(num_rows, jnp.int32) if limited else None, num_actions,
+    )  # fmt: skip
+    return store(empty, root, embedding, 0)
+
+
+def store(forest: Forest, rows: jax.Array, embedding: Any, first_row: Any) -> Forest:
+    """Writes new nodes, one slice from `first_row` on."""
+    put = jax.lax.dynamic_update_slice_in_dim
+    depth = forest.depth
+    if depth is not None:
+        above = rows[:, -4 + PARENT] // forest.width
+        depth = put(depth, jnp.where(above < forest.batch, 1, take(depth, above) + 1), first_row, 0)
+    return dataclasses.replace(
+        forest,
+        table=put(forest.table, rows, first_row, 0),
+        embedding=jax.tree.map(
+            lambda x, new: put(x, new, first_row, 0), forest.embedding, embedding
+        ),
+        depth=depth,
+    )
+
+
+def expand(
+    forest: Forest,
+    model: Model,
+    call: jax.Array,
+    edge: jax.Array,
+    factor: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """The model's answers behind the edges [L] -> rows [L, 4 W] and embeddings of new nodes.
+
+    `factor` [L, A] times the prior is what they keep.
+
+    Raises:
+      ValueError: outputs of the recurrent function whose shapes do not agree.
+    """
+    before = jax.tree.map(lambda x: take(x, edge // forest.width), forest.embedding)
+    out, embedding = model(call, edge % forest.width, before)
+    num = edge.shape[0]
+    shapes = dict.fromkeys(("reward", "discount", "value"), (num,))
+    for name, expected in {**shapes, "prior_logits": (num, forest.num_actions)}.items():
+        found = jnp.shape(getattr(out, name))
+        if found != expected:
+            raise ValueError(f"recurrent_fn: {name} of shape {found}, expected {expected}")
+    got, gave = (jax.tree.map(lambda x: (jnp.shape(x), x.dtype), x) for x in (before, embedding))
+    if got != gave:
+        raise ValueError(f"recurrent_fn: embedding {gave}, expected {got}, as it was given")
+    prior = jax.nn.softmax(jnp.asarray(out.prior_logits, jnp.float32))
+    if factor is not None:
+        prior = prior * factor
+    raw, reward, discount = (
+        jnp.asarray(x, jnp.float32) for x in (out.value, out.reward, out.discount)
+    )
+    return record(prior, raw, reward, discount, edge), embedding
+
+
+def backup(
+    forest: Forest, first_row: Any, live: jax.Array, rule: Rule, max_depth: int
+) -> tuple[Forest, jax.Array]:
+    """Carries the raw values of new nodes up to the roots, which stay as they are.
+
+    The new nodes are the rows from `first_row` on, one for each lane; lanes that are not `live` [L]
+    change nothing. -> the forest, and the returns at the roots [L].
+    """
+    batch, width = forest.batch, forest.width
+
+    def level(loop: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        table, lanes = loop
+        row, returned, live = lanes[:, 0], number(lanes[:, 1]), lanes[:, 2] > 0
+        node, own = unpack(take(table, row), forest.num_actions)
+        cells = table.reshape(-1, 4)
+        above = own[:, PARENT]
+        cell = take(cells, above)
+        visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
+        value = (before * cell[:, VISITS] + returned) / visits
+        target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
+        if forest.depth is not None:
+            # descent ends above a node that is as deep as allowed: its edge is taken once more
+            target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
+        reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
+        cell = jnp.stack([visits, bits(reward + discount * value), bits(value), target], axis=-1)
+        # lanes that are done write beyond the end, which drops what they write
+        index = jnp.where(live, above, cells.shape[0])
+        cells = cells.at[index].set(cell, mode="drop", unique_indices=True)
+        up = above // width
+        moved = jnp.stack([up, bits(reward + discount * returned), jnp.int32(up >= batch)], axis=-1)
+        return cells.reshape(table.shape), jnp.where(live[:, None], moved, lanes)
+
+    row = first_row + jnp.arange(live.shape[0])
+    raw = take(forest.cells, (row + 1) * width - 1)[:, RAW]
+    lanes = jnp.stack([row, raw, jnp.int32(live)], axis=-1)
+    table, lanes = jax.lax.while_loop(
+        lambda loop: jnp.any(loop[1][:, 2] > 0), level, (forest.table, lanes)
+    )
+    return dataclasses.replace(forest, table=table), number(lanes[:, 1])
+
+
+def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> jax.Array:
+    """The edge at which greedy descent from each node ends, [L] int32."""
+    own = first_edge + jnp.argmax(rule(node), axis=-1)
+    cell = take(cells, own)
+    return jnp.where(cell[:, VISITS] > 0, cell[:, TARGET], own)
+
+
+def roots(forest: Forest) -> Node:
+    """The roots, B of them."""
+    node, _ = unpack(forest.table[: forest.batch], forest.num_actions)
+    return node._replace(value=forest.root_value, total=1 + jnp.sum(node.visits, axis=-1))

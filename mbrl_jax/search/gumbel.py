@@ -1,0 +1,236 @@
+"""Gumbel MuZero: sequential halving at the root, the improved policy below, in exact batches.
+
+Danihelka et al. (2022), "Policy improvement by planning with Gumbel".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_jax.search import forest as forests
+from mbrl_jax.search import halving
+from mbrl_jax.search.base import LoopFn, QTransform
+from mbrl_jax.search.forest import Forest, Node, Rule
+from mbrl_jax.search.seeds import Model
+
+LOW = -1e9  # a considered action is visited even if nothing speaks for it
+
+
+def improved_policy(qtransform: QTransform) -> Rule:
+    """pi'(a) - n(a) / (1 + sum of n), [L, A], with pi' = softmax(log prior + completed values).
+
+    Section 5 of the paper.
+    """
+
+    def rule(node: Node) -> jax.Array:
+        added = forests.transformed(qtransform, node)
+        weights = node.prior * jnp.exp(added - jnp.max(added, axis=-1, keepdims=True))
+        policy = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return policy - node.visits / node.total[:, None]
+
+    return rule
+
+
+def considered_score(
+    considered: jax.Array, gumbel: jax.Array, logits: jax.Array, added: jax.Array, visits: jax.Array
+) -> jax.Array:
+    """gumbel + logits + values [B, A] of the actions with `considered` [B, 1] visits, else -inf."""
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    score = jnp.maximum(LOW, gumbel + logits + added)
+    return jnp.where(visits == considered, score, -jnp.inf)
+
+
+class Root(NamedTuple):
+    """What the root's choice needs."""
+
+    gumbel: jax.Array  # [B, A]
+    logits: jax.Array  # [B, A], masked
+    invalid: jax.Array  # [B, A] bool
+    considered: jax.Array  # [B] int32 how many actions are
+
+
+class Wave(NamedTuple):
+    forest: Forest
+    actions: jax.Array  # [B, slots] int32, the considered ones first
+    first_row: jax.Array  # [] int32
+
+
+def simulate(
+    forest: Forest,
+    model: Model,
+    root: Root,
+    qtransform: QTransform,
+    rounds: halving.Rounds,
+    groups: list[halving.Group],
+    max_depth: int,
+    loop_fn: LoopFn,
+) -> Forest:
+    """All simulations of every root."""
+    batch = forest.batch
+    rule = improved_policy(qtransform)
+    candidates, visits = jnp.asarray(rounds.candidates), jnp.asarray(rounds.visits)
+    zero = jnp.zeros(root.logits.shape)
+    start = considered_score(zero[:, :1], root.gumbel, root.logits, zero, zero)
+    most = int(rounds.candidates.max())
+    actions = jax.lax.top_k(jnp.where(root.invalid, -jnp.inf, start), most)[1]
+    # dead lanes fill up the last batch of a round
+    slots = max(-(-most // group.width) * group.width for group in groups)
+    actions = jnp.pad(actions, ((0, 0), (0, slots - most)))
+    last = jnp.max(jnp.asarray(rounds.total)[root.considered])
+
+    def in_batches(number: jax.Array, width: int, body: Any, carry: Any) -> Any:
+        if most <= width:
+            return body(jnp.int32(0), carry)
+        return loop_fn(0, -(-number // width), lambda n, x: body(n * width, x), carry)
+
+    def one_round(i: jax.Array, wave: Wave, group: halving.Group) -> Wave:
+        forest, actions, first_row = wave
+        width = group.width
+        among, commit = candidates[root.considered, i], visits[root.considered, i]
+
+        def evaluate(slot: jax.Array, forest: Forest) -> Forest:
+            some = jax.lax.dynamic_slice_in_dim(actions, slot, width, axis=1)
+            edge = jnp.arange(batch)[:, None] * forest.width + some
+            cell = forests.take(forest.cells, edge)
+            edge = jnp.where(cell[..., forests.VISITS] > 0, cell[..., forests.TARGET], edge)
+            rows, embedding = forests.expand(forest, model, i * slots + slot, edge.T.reshape(-1))
+            return forests.store(forest, rows, embedding, first_row + slot * batch)
+
+        forest = in_batches(jnp.max(among), width, evaluate, forest)
+        if group.replayed:
+            fewer = jnp.any(commit < among) & (i > 0)
+            chosen = jax.lax.cond(
+                fewer,
+                lambda: replay(forest, root, qtransform, actions, first_row, among, commit),
+                lambda: actions,
+            )
+            # a loop of one or no turn: a cond would copy the forest
+            forest = jax.lax.fori_loop(
+                0,
+                jnp.int32(fewer),
+                lambda _, x: rearranged(x, actions, chosen, first_row, group.replayed),
+                forest,
+            )
+            actions = chosen
+
+        def back_up(slot: jax.Array, forest: Forest) -> Forest:
+            live = (slot + jnp.arange(width)[:, None] < commit[None]).reshape(-1)
+            forest, returned = forests.backup(
+                forest, first_row + slot * batch, live, rule, max_depth
+            )
+            returned = jnp.where(live, returned, 0.0).reshape(width, batch)
+            # a sum until the end: no choice at the root looks at its value
+            summed = forest.root_value + jnp.sum(returned, axis=0)
+            return dataclasses.replace(forest, root_value=summed)
+
+        forest = in_batches(jnp.max(commit), width, back_up, forest)
+        return Wave(forest, actions, first_row + jnp.max(commit) * batch)
+
+    wave = Wave(forest, actions, jnp.int32(batch))
+    for group in groups:
+        end = jnp.clip(last, group.first, group.end)
+        wave = loop_fn(
+            group.first, end, lambda i, wave, group=group: one_round(i, wave, group), wave
+        )
+    forest = wave.forest
+    total = 1 + jnp.sum(forests.roots(forest).visits, axis=-1)
+    return dataclasses.replace(forest, root_value=forest.root_value / total)
+
+
+def replay(
+    forest: Forest,
+    root: Root,
+    qtransform: QTransform,
+    actions: jax.Array,
+    first_row: jax.Array,
+    among: jax.Array,
+    commit: jax.Array,
+) -> jax.Array:
+    """The choice of `commit` [B] of the first `among` [B] actions, in its order, [B, slots].
+
+    Each is made with all the values that are known by then.
+    """
+    batch, slots = actions.shape
+    node = forests.roots(forest)
+    row = first_row + jnp.arange(slots)[:, None] * batch + jnp.arange(batch)[None]
+    after = values_after(forest, row.reshape(-1)).reshape(slots, batch).T
+    every, slot = jnp.arange(root.logits.shape[1])[None], jnp.arange(slots)[None]
+    # the value of each action after its visit, [B, A]
+    candidate = (actions[..., None] == every[None]) & (slot < among[:, None])[..., None]
+    fresh = jnp.sum(jnp.where(candidate, after[..., None], 0.0), axis=1)
+    considered = forests.pick(node.visits, actions[:, 0])[:, None]
+
+    def choose(i: jax.Array, loop: tuple[Node, jax.Array]) -> tuple[Node, jax.Array]:
+        node, order = loop
+        added = forests.transformed(qtransform, node)
+        score = considered_score(considered, root.gumbel, root.logits, added, node.visits)
+        action = jnp.argmax(jnp.where(root.invalid, -jnp.inf, score), axis=-1)[:, None]
+        taken = (action == every) & (i < commit)[:, None]
+        node = node._replace(
+            visits=node.visits + taken,
+            qvalues=jnp.where(taken, fresh, node.qvalues),
+            total=node.total + (i < commit),
+        )
+        return node, jnp.where(slot == i, action, order)
+
+    return jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]
+
+
+def rearranged(
+    forest: Forest, actions: jax.Array, chosen: jax.Array, first_row: jax.Array, most: int
+) -> Forest:
+    """The new nodes, of `actions` from `first_row` on, with those of the `most` chosen first."""
+    batch = forest.batch
+    found = jnp.argmax(chosen[:, :most, None] == actions[:, None, :], axis=-1)
+    lane = first_row + (found * batch + jnp.arange(batch)[:, None]).T.reshape(-1)
+    rows = forests.take(forest.table, lane)
+    embedding = jax.tree.map(lambda x: forests.take(x, lane), forest.embedding)
+    return forests.store(forest, rows, embedding, first_row)
+
+
+def values_after(forest: Forest, row: jax.Array) -> jax.Array:
+    """What the value of each new node's root action is once the node is backed up, [L]."""
+    batch, width = forest.batch, forest.width
+
+    def node_cell(row: jax.Array) -> jax.Array:
+        # slots without a candidate may lie beyond the end
+        return forest.cells.at[(row + 1) * width - 1].get(mode="clip")
+
+    def parts(cell: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        reward, discount = cell[:, forests.REWARD], cell[:, forests.DISCOUNT]
+        return cell[:, forests.PARENT], forests.number(reward), forests.number(discount)
+
+    def inside(cell: jax.Array) -> jax.Array:
+        return cell[:, forests.PARENT] >= batch * width
+
+    def level(walk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        cell, returned = walk
+        edge, reward, discount = parts(cell)
+        going = inside(cell)
+        returned = jnp.where(going, reward + discount * returned, returned)
+        return jnp.where(going[:, None], node_cell(edge // width), cell), returned
+
+    own = node_cell(row)
+    walk = own, forests.number(own[:, forests.RAW])
+    cell, returned = jax.lax.while_loop(lambda walk: jnp.any(inside(walk[0])), level, walk)
+    edge, reward, discount = parts(cell)
+    above = forests.take(forest.cells, edge)
+    visits = above[:, forests.VISITS]
+    value = (forests.number(above[:, forests.VALUE]) * visits + returned) / (visits + 1)
+    return reward + discount * value
+
+
+def made(rounds: halving.Rounds, considered: jax.Array, num_nodes: int) -> jax.Array:
+    """Which rows hold a node, [B, N]: each round leaves room for the most visits of any root."""
+    visits = jnp.asarray(rounds.visits)[considered]
+    ends = 1 + jnp.cumsum(jnp.max(visits, axis=0))
+    node = jnp.arange(num_nodes)
+    at = jnp.minimum(jnp.searchsorted(ends, node, side="right"), len(ends) - 1)
+    slot = node - (ends - jnp.max(visits, axis=0))[at]
+    return (node == 0)[None] | ((slot >= 0) & (node < ends[-1]))[None] & (
+        slot[None] < visits[:, at]
+    )

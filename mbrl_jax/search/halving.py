@@ -1,0 +1,108 @@
+"""Sequential halving with Gumbel at the root, one batch for each round of visits.
+
+Danihelka et al. (2022), "Policy improvement by planning with Gumbel", algorithm 2 and its
+implementation in mctx, which scores anew before each simulation. A round visits every considered
+action once. Within a phase the order of its visits changes nothing, since simulations below
+different actions do not meet, so a round is one batch. In the first round of a later phase, fewer
+actions are visited than were considered before, chosen one at a time as their values come in: all
+are evaluated, the choice is replayed with the values now known, and only the chosen are kept. The
+visits are those of one simulation after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Rounds(NamedTuple):
+    """Of one budget; rows are numbers of considered actions 0..m, columns are rounds."""
+
+    candidates: np.ndarray  # [m + 1, rounds] actions that a round chooses from
+    visits: np.ndarray  # [m + 1, rounds] how many of them it visits
+    total: np.ndarray  # [m + 1] rounds until the budget is spent
+
+
+def sizes(considered: int, num_simulations: int) -> list[int]:
+    """How many actions each round visits; they sum to `num_simulations`."""
+    if considered <= 1:
+        return [1] * num_simulations
+    phases = math.ceil(math.log2(considered))
+    found: list[int] = []
+    left, size = num_simulations, considered
+    while left > 0:
+        for _ in range(max(1, num_simulations // (phases * size))):
+            if left > 0:
+                found.append(min(size, left))
+                left -= found[-1]
+        size = max(2, size // 2)
+    return found
+
+
+def schedule(most: int, num_simulations: int) -> Rounds:
+    """The rounds of every number of considered actions up to `most`."""
+    table = [sizes(n, num_simulations) for n in range(most + 1)]
+    longest = max(map(len, table))
+    visits = np.zeros((most + 1, longest), np.int32)
+    candidates = np.zeros_like(visits)
+    for n, row in enumerate(table):
+        visits[n, : len(row)] = row
+        candidates[n, : len(row)] = [max(n, 1), *row[:-1]]
+    return Rounds(candidates, visits, np.array([len(row) for row in table], np.int32))
+
+
+class Group(NamedTuple):
+    """Consecutive rounds that one program runs."""
+
+    first: int
+    end: int
+    width: int  # actions of a batch; a round is as many batches as it takes
+    replayed: int  # most visits of a round that visits fewer actions than there are candidates
+
+
+LATENCY = 128  # lanes that take as long as the fixed cost of a batch
+
+
+def plan(rounds: Rounds, considered: range, batch: int) -> list[Group]:
+    """At most two groups, since each is a program to compile, of the least cost.
+
+    A batch of simulations costs as many lanes as it has, dead ones too, and `LATENCY` more.
+    """
+    rows = np.array(considered)
+    length = int(rounds.total[rows].max())
+    candidates = rounds.candidates[rows, :length]
+    visits = rounds.visits[rows, :length]
+    need = candidates.max(axis=0)
+    widths = sorted({min(2**i, int(need.max())) for i in range(int(need.max()).bit_length() + 1)})
+
+    def cheapest(first: int, end: int) -> tuple[int, int]:
+        batches = [(int(np.sum(-(-need[first:end] // w))), w) for w in widths]
+        return min((n * (LATENCY + w * batch), w) for n, w in batches)
+
+    def group(first: int, end: int) -> Group:
+        fewer = (visits < candidates) & (visits > 0)
+        # the very first round takes the best of all actions, which needs no values
+        fewer[:, 0] = False
+        replayed = np.max(visits[:, first:end], initial=0, where=fewer[:, first:end])
+        return Group(first, end, cheapest(first, end)[1], int(replayed))
+
+    cuts = [n for n in range(1, length) if need[n] != need[n - 1]]
+    whole = cheapest(0, length)[0]
+    costs = {n: cheapest(0, n)[0] + cheapest(n, length)[0] for n in cuts} | {0: whole}
+    cut = min(costs, key=costs.__getitem__)
+    return [group(0, cut), group(cut, length)] if cut else [group(0, length)]
+
+
+def peak(rounds: Rounds, considered: range, groups: list[Group]) -> int:
+    """Nodes that a tree needs room for, those among them that a round drops again."""
+    rows = np.array(considered)
+    visits, candidates = rounds.visits[rows].max(axis=0), rounds.candidates[rows].max(axis=0)
+    before = 1 + np.cumsum(visits) - visits
+
+    def room(i: int, group: Group) -> int:
+        batches = -(-int(candidates[i]) // group.width)
+        return int(before[i]) + max(batches * group.width, group.replayed)
+
+    return max(room(i, group) for group in groups for i in range(group.first, group.end))

@@ -1,0 +1,137 @@
+"""A plain search, one simulation of one root after the other: the oracle of `mbrl_jax.search`.
+
+Written from the papers (Schrittwieser et al. 2020; Danihelka et al. 2022) and the conventions that
+mctx fixed where the papers leave them open; numpy in double precision, no cleverness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Step = Callable[[int, int], tuple[float, float, np.ndarray, float, int]]
+"""(state, action) -> reward, discount, logits [A], value, next state."""
+
+
+@dataclasses.dataclass
+class Node:
+    logits: np.ndarray
+    raw: float
+    state: int
+    depth: int
+    reward: float = 0.0
+    discount: float = 0.0
+
+    def __post_init__(self):
+        self.value, self.visits, self.children = self.raw, 1, {}
+
+    @property
+    def prior(self):
+        shifted = np.exp(self.logits - self.logits.max())
+        return shifted / shifted.sum()
+
+    @property
+    def counts(self):
+        return np.array([self.children[a].visits if a in self.children else 0
+                         for a in range(len(self.logits))])  # fmt: skip
+
+    @property
+    def qvalues(self):
+        found = np.zeros(len(self.logits))
+        for action, child in self.children.items():
+            found[action] = child.reward + child.discount * child.value
+        return found
+
+
+def parent_and_siblings(node):
+    visited = node.counts > 0
+    known = np.where(visited, node.qvalues, node.value)
+    low, high = min(node.value, known.min()), max(node.value, known.max())
+    return (np.where(visited, node.qvalues, low) - low) / max(high - low, 1e-8)
+
+
+def completed(node):
+    counts, q, prior = node.counts, node.qvalues, np.maximum(node.prior, 1e-38)
+    visited, total = counts > 0, counts.sum()
+    weighted = (prior * q)[visited].sum() / prior[visited].sum() if visited.any() else 0.0
+    mixed = (node.raw + total * weighted) / (total + 1)
+    q = np.where(visited, q, mixed)
+    q = (q - q.min()) / max(q.max() - q.min(), 1e-8)
+    return (50 + counts.max()) * 0.1 * q
+
+
+def puct(node, init=1.25, base=19652):
+    factor = init + math.log((node.visits + base + 1) / base)
+    bonus = math.sqrt(node.visits) * factor * node.prior / (node.counts + 1)
+    return parent_and_siblings(node) + bonus
+
+
+def improved(node):
+    logits = node.logits + completed(node)
+    policy = np.exp(logits - logits.max())
+    return policy / policy.sum() - node.counts / (1 + node.counts.sum())
+
+
+def considered_visits(considered, num_simulations):
+    """The visit count that each simulation's action has, by sequential halving."""
+    if considered <= 1:
+        return list(range(num_simulations))
+    found, counts, size = [], [0] * considered, considered
+    while len(found) < num_simulations:
+        rounds = num_simulations // (math.ceil(math.log2(considered)) * size)
+        for _ in range(max(1, rounds)):
+            found += counts[:size]
+            counts[:size] = [n + 1 for n in counts[:size]]
+        size = max(2, size // 2)
+    return found[:num_simulations]
+
+
+def run(root, step: Step, choose_root, rule, num_simulations, max_depth=None):
+    """Grows the tree of `root` in place; `choose_root` gets it and the simulation's number."""
+    max_depth = max_depth or num_simulations
+    for i in range(num_simulations):
+        path, node = [root], root
+        action = choose_root(root, i)
+        while action in node.children and node.depth + 1 < max_depth:
+            node = node.children[action]
+            path.append(node)
+            action = int(np.argmax(rule(node)))
+        reward, discount, logits, value, state = step(node.state, action)
+        if action not in node.children:
+            node.children[action] = Node(logits, value, state, node.depth + 1, reward, discount)
+        else:
+            node.children[action].visits += 1
+        returned, below = value, node.children[action]
+        for node in reversed(path):
+            returned = below.reward + below.discount * returned
+            node.value = (node.value * node.visits + returned) / (node.visits + 1)
+            node.visits += 1
+            below = node
+    return root
+
+
+def muzero(root, step, num_simulations, invalid, max_depth=None):
+    """Visits [A] of PUCT from priors that have their noise already."""
+
+    def choose(node, _):
+        return int(np.argmax(np.where(invalid, -np.inf, puct(node))))
+
+    return run(root, step, choose, puct, num_simulations, max_depth).counts
+
+
+def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None):
+    """Visits [A] and action weights [A] of sequential halving, scored anew at every simulation."""
+    table = considered_visits(min(most, int((~invalid).sum())), num_simulations)
+
+    def choose(node, i):
+        score = np.maximum(-1e9, noise + node.logits - node.logits.max() + completed(node))
+        score = np.where((node.counts == table[i]) & ~invalid, score, -np.inf)
+        return int(np.argmax(score))
+
+    run(root, step, choose, improved, num_simulations, max_depth)
+    logits = np.where(invalid, -np.inf, root.logits + completed(root))
+    weights = np.exp(logits - logits.max())
+    return root.counts, weights / weights.sum()

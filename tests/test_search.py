@@ -1,0 +1,362 @@
+"""Tree search against a plain reference and against mctx."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+import pytest
+import search_reference as reference
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mbrl_jax import search
+from mbrl_jax.search import policies
+
+STATES = 4_096
+
+
+def world(seed, num_actions, discount, scale, ties=False):
+    """A random world as tables: its model's parameters. `ties` draws few different numbers."""
+    rng = np.random.default_rng(seed)
+    draw = rng.standard_normal
+
+    def numbers(*shape):
+        x = draw(shape)
+        return np.round(x) if ties else x
+
+    tables = {
+        "logits": np.float32(numbers(STATES, num_actions)),
+        "value": np.float32(scale * numbers(STATES)),
+        "reward": np.float32(scale * numbers(STATES)),
+        "discount": np.full(STATES, discount, np.float32),
+        "next": rng.integers(0, STATES, (STATES, num_actions), np.int32),
+    }
+    return jax.tree.map(jnp.asarray, tables)
+
+
+def model(params, key, action, state):
+    state = params["next"][state, action]
+    out = search.RecurrentFnOutput(
+        reward=params["reward"][state], discount=params["discount"][state],
+        prior_logits=params["logits"][state], value=params["value"][state],
+    )  # fmt: skip
+    return out, state
+
+
+def root_of(params, batch):
+    state = jnp.arange(batch, dtype=jnp.int32)
+    return search.RootFnOutput(
+        prior_logits=params["logits"][state], value=params["value"][state], embedding=state
+    )
+
+
+def step_of(params):
+    def step(state, action):
+        after = int(params["next"][state, action])
+        number = (float(params[name][after]) for name in ("reward", "discount"))
+        return (*number, np.float64(params["logits"][after]), float(params["value"][after]), after)
+
+    return step
+
+
+def invalid_of(seed, batch, num_actions):
+    mask = np.random.default_rng(seed).random((batch, num_actions)) < 0.5
+    mask[:, 0] &= ~mask.all(axis=1)
+    return mask
+
+
+def run(library, policy, params, batch, num_simulations, invalid=None, **options):
+    function = getattr(library, policy)
+    made = jax.jit(
+        lambda params, key: function(
+            params, key, root_of(params, batch), model, num_simulations,
+            invalid_actions=None if invalid is None else jnp.asarray(invalid, jnp.float32),
+            **options,
+        )
+    )  # fmt: skip
+    return made(params, jax.random.key(5))
+
+
+CASES = [
+    # simulations, actions, considered, discount, scale, masked, depth
+    (1, 1, 16, 0.9, 1.0, False, None),
+    (16, 4, 16, 0.9, 1.0, False, None),
+    (50, 18, 16, 1.0, 1.0, False, None),
+    (37, 7, 5, -1.0, 1e3, False, None),
+    (32, 9, 16, 0.9, 1e-3, True, None),
+    (24, 5, 3, 0.9, 1.0, True, 2),
+    (20, 6, 6, 0.0, 1.0, False, 1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gumbel_visits_as_the_reference_does(case):
+    num, actions, most, discount, scale, masked, depth = case
+    params, batch = world(num, actions, discount, scale), 4
+    invalid = invalid_of(num, batch, actions) if masked else None
+    out = run(search, "gumbel_muzero_policy", params, batch, num, invalid, max_depth=depth,
+              max_num_considered_actions=most)  # fmt: skip
+    noise = np.float64(out.search_tree.extra_data.root_gumbel)
+    logits = np.float64(out.search_tree.children_prior_logits[:, 0])
+    for i in range(batch):
+        node = reference.Node(logits[i], float(params["value"][i]), i, 0)
+        bad = np.zeros(actions, bool) if invalid is None else invalid[i]
+        visits, weights = reference.gumbel(node, step_of(params), num, noise[i], most, bad, depth)
+        np.testing.assert_array_equal(out.search_tree.children_visits[i, 0], visits)
+        np.testing.assert_allclose(out.action_weights[i], weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_puct_visits_as_the_reference_does(case):
+    num, actions, _, discount, scale, masked, depth = case
+    params, batch = world(num, actions, discount, scale), 4
+    invalid = invalid_of(num, batch, actions) if masked else None
+    out = run(search, "muzero_policy", params, batch, num, invalid, max_depth=depth)
+    logits = np.float64(out.search_tree.children_prior_logits[:, 0])
+    for i in range(batch):
+        node = reference.Node(logits[i], float(params["value"][i]), i, 0)
+        bad = np.zeros(actions, bool) if invalid is None else invalid[i]
+        visits = reference.muzero(node, step_of(params), num, bad, depth)
+        np.testing.assert_array_equal(out.search_tree.children_visits[i, 0], visits)
+
+
+def against_mctx(
+    policy, seed, batch, num, actions, discount, scale, masked, depth, ties, **options
+):
+    params = world(seed, actions, discount, scale, ties)
+    invalid = invalid_of(seed, batch, actions) if masked else None
+    # mctx promotes ranks and uses keys twice
+    lenient = (jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False))
+    with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
+        ours = functools.partial(run, params=params, batch=batch, num_simulations=num,
+                                 invalid=invalid, max_depth=depth, **options)  # fmt: skip
+        patch.setattr(policies, "TIE_NOISE", 0.0)
+        found = ours(search, policy)
+        # mctx breaks ties of PUCT by a noise at every visit
+        if policy == "muzero_policy":
+            patch.setattr(jax.random, "uniform", lambda key, shape, **_: jnp.zeros(shape))
+        theirs = ours(mctx, policy)
+    np.testing.assert_array_equal(
+        found.search_tree.summary().visit_counts, theirs.search_tree.summary().visit_counts
+    )
+    np.testing.assert_allclose(found.action_weights, theirs.action_weights, atol=1e-4)
+    return found, theirs
+
+
+@pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_tree_is_that_of_mctx(policy, masked):
+    """Node by node, up to the numbering of the nodes."""
+    ours, theirs = against_mctx(policy, 3, 5, 40, 6, 0.9, 1.0, masked, None, False)
+    np.testing.assert_array_equal(ours.action, theirs.action)
+    trees = [jax.tree.map(np.asarray, out.search_tree) for out in (ours, theirs)]
+    for i in range(5):
+        same_node(*trees, i, 0, 0)
+
+
+def same_node(ours, theirs, i, a, b):
+    for name in ("node_visits", "raw_values", "node_values", "embeddings"):
+        np.testing.assert_allclose(
+            getattr(ours, name)[i, a], getattr(theirs, name)[i, b], 1e-4, 1e-5
+        )
+    visits = np.asarray(ours.children_visits[i, a])
+    for name in ("visits", "rewards", "discounts", "values"):
+        first, second = (getattr(t, f"children_{name}")[i] for t in (ours, theirs))
+        np.testing.assert_allclose(first[a], second[b], 1e-4, 1e-5)
+    for action in np.flatnonzero(visits):
+        children = [int(t.children_index[i, n, action]) for t, n in ((ours, a), (theirs, b))]
+        assert int(ours.parents[i, children[0]]) == a
+        assert int(ours.action_from_parent[i, children[0]]) == action
+        same_node(ours, theirs, i, *children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(
+    seed=st.integers(0, 10_000), batch=st.integers(1, 8), num=st.integers(1, 200),
+    actions=st.integers(1, 82), considered=st.integers(1, 20),
+    discount=st.sampled_from([-1.0, 0.0, 0.9, 1.0]), scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    masked=st.booleans(), depth=st.sampled_from([None, None, 1, 2, 5]), ties=st.booleans(),
+)  # fmt: skip
+def test_visits_are_those_of_mctx(
+    policy, seed, batch, num, actions, considered, discount, scale, masked, depth, ties
+):
+    options = {}
+    if policy == "gumbel_muzero_policy":
+        options["max_num_considered_actions"] = considered
+    against_mctx(policy, seed, batch, num, actions, discount, scale, masked, depth, ties, **options)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
+def test_tree_adds_up(policy):
+    params = world(0, 5, 0.9, 1.0)
+    tree = run(search, policy, params, 3, 33).search_tree
+    assert tree.num_simulations == 33
+    assert tree.num_actions == 5
+    np.testing.assert_array_equal(tree.node_visits[:, 0], 34)
+    np.testing.assert_array_equal(tree.node_visits, 1 + tree.children_visits.sum(-1))
+    child = np.asarray(tree.children_index)
+    assert ((child >= 0) == np.asarray(tree.children_visits > 0)).all()
+    np.testing.assert_array_equal(np.sort(child[child >= 0].reshape(3, -1), -1),
+                                  np.tile(np.arange(1, 34), (3, 1)))  # fmt: skip
+    visits, q = (
+        np.asarray(tree.children_visits),
+        np.asarray(tree.children_rewards + tree.children_discounts * tree.children_values),
+    )
+    mean = (tree.raw_values + (visits * q).sum(-1)) / tree.node_visits
+    np.testing.assert_allclose(tree.node_values, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tree.qvalues(np.zeros(3, int)), tree.summary().qvalues, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "masked"),
+    [
+        ("gumbel_muzero_policy", True),
+        ("muzero_policy", False),
+        pytest.param("gumbel_muzero_policy", False, marks=pytest.mark.slow),
+        pytest.param("muzero_policy", True, marks=pytest.mark.slow),
+    ],
+)
+def test_seeds_under_vmap_are_single_searches(policy, masked):
+    num_seeds, batch = 3, 4
+    worlds = [world(seed, 6, 0.9, 1.0) for seed in range(num_seeds)]
+    invalid = invalid_of(1, batch, 6) if masked else None
+    keys = jax.random.split(jax.random.key(0), num_seeds)
+
+    def one(params, key):
+        mask = None if invalid is None else jnp.asarray(invalid)
+        out = getattr(search, policy)(
+            params, key, root_of(params, batch), model, 24, invalid_actions=mask
+        )
+        return out.action, out.action_weights, out.search_tree
+
+    together = jax.jit(jax.vmap(one))(
+        jax.tree.map(lambda *x: jnp.stack(x), *worlds), jax.random.clone(keys)
+    )
+    for i in range(num_seeds):
+        alone = jax.jit(one)(worlds[i], jax.random.clone(keys)[i])
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
+    # two axes, and parameters that all share
+    grid = jax.random.clone(keys).reshape(3, 1)
+    shared = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (None, 0)))(worlds[0], grid)
+    alone = jax.jit(one)(worlds[0], keys[1])
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a[1, 0], b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
+@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_no_buffer_is_copied(policy, seeds):
+    """Neither in the loops of one search nor in those of a vmapped one."""
+    batch, num, actions = 8, 40, 7
+    params = world(0, actions, 0.9, 1.0)
+
+    def one(key):
+        out = getattr(search, policy)(params, key, root_of(params, batch), model, num)
+        return out.action, out.action_weights
+
+    keys = jax.random.split(jax.random.key(0), seeds)
+    text = jax.jit(jax.vmap(one)).lower(keys).compile().as_text()
+    rows = max(int(n) for n in re.findall(r"s32\[(\d+),40\]", text))
+    assert rows >= batch * seeds * (num + 1)  # 40 = 4 * (7 edges + 2 for priors + 1)
+    # the empty table is a constant, copied once before the loops
+    loops = [part for part in re.split(r"\n(?=%)", text.split("\nENTRY")[0]) if "while" in part]
+    assert len(loops) > 2
+    for part in loops:
+        assert not re.search(rf"s32\[({rows},40|{rows * 10},4)\]\S* (copy|select)\(", part)
+
+
+@pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
+@pytest.mark.parametrize("poison", [np.nan, pytest.param(-np.inf, marks=pytest.mark.slow)])
+def test_poisoned_lane_stays_alone(policy, poison):
+    params = world(0, 5, 0.9, 1.0)
+
+    def poisoned(params, key, action, state):
+        out, after = model(params, key, action, state[:, 0])
+        bad = state[:, 1] > 0
+        return search.RecurrentFnOutput(
+            reward=out.reward, discount=out.discount,
+            prior_logits=jnp.where(bad[:, None], poison, out.prior_logits),
+            value=jnp.where(bad, poison, out.value),
+        ), jnp.stack([after, state[:, 1]], axis=1)  # fmt: skip
+
+    @jax.jit
+    def searched(bad):
+        root = root_of(params, 3)
+        state = jnp.stack([root.embedding, bad], axis=1)
+        root = search.RootFnOutput(
+            prior_logits=root.prior_logits, value=root.value, embedding=state
+        )
+        return getattr(search, policy)(params, jax.random.key(0), root, poisoned, 20)
+
+    bad, good = searched(jnp.array([0, 1, 0])), searched(jnp.zeros(3, jnp.int32))
+    for name in ("action", "action_weights"):
+        np.testing.assert_array_equal(getattr(bad, name)[::2], getattr(good, name)[::2])
+    assert 0 <= int(bad.action[1]) < 5
+
+
+def test_row_without_valid_actions_takes_action_zero():
+    params = world(0, 4, 0.9, 1.0)
+    invalid = np.zeros((3, 4), bool)
+    invalid[1] = True
+    for policy in ("gumbel_muzero_policy", "muzero_policy"):
+        out = run(search, policy, params, 3, 12, invalid)
+        assert int(out.action[1]) == 0
+        free = run(search, policy, params, 3, 12)
+        np.testing.assert_array_equal(out.search_tree.children_visits[::2, 0],
+                                      free.search_tree.children_visits[::2, 0])  # fmt: skip
+
+
+def test_ties_are_broken_at_random():
+    params = {**world(0, 18, 1.0, 0.0), "logits": jnp.zeros((STATES, 18))}
+    out = run(search, "muzero_policy", params, 256, 1, dirichlet_fraction=0.0)
+    first = np.argmax(out.search_tree.children_visits[:, 0], axis=-1)
+    counts = np.bincount(first, minlength=18)
+    assert counts.min() > 0
+    assert counts.max() < 4 * 256 / 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_simulations": 0}, "num_simulations = 0: expected 1 or more"),
+        ({"max_depth": 0}, "max_depth = 0: expected 1 or more"),
+        ({"max_num_considered_actions": 0}, "max_num_considered_actions = 0: expected 1 or more"),
+        ({"logits": (2, 0)}, r"root.prior_logits of shape \(2, 0\)"),
+        ({"logits": (3,)}, r"root.prior_logits of shape \(3,\)"),
+        ({"value": (3,)}, r"root.value of shape \(3,\): expected \(2,\)"),
+        ({"embedding": (3,)}, "root.embedding of shape .*expected 2 rows"),
+        ({"invalid_actions": (2, 3)}, r"invalid_actions of shape \(2, 3\): expected \(2, 4\)"),
+        ({"reward": (1,)}, r"recurrent_fn: reward of shape \(1,\), expected"),
+        ({"prior_logits": (2, 5)}, r"recurrent_fn: prior_logits of shape .*expected"),
+        ({"new": (2, 2)}, "recurrent_fn: embedding .*expected"),
+    ],
+)
+def test_bad_input(changes, message):
+    shapes = {"logits": (2, 4), "value": (2,), "embedding": (2,), **changes}
+    root = search.RootFnOutput(
+        prior_logits=jnp.zeros(shapes["logits"]), value=jnp.zeros(shapes["value"]),
+        embedding=jnp.zeros(shapes["embedding"]),
+    )  # fmt: skip
+
+    def function(params, key, action, embedding):
+        num = action.shape[0]
+        return search.RecurrentFnOutput(
+            reward=jnp.zeros(changes.get("reward", num)), discount=jnp.ones(num),
+            prior_logits=jnp.zeros(changes.get("prior_logits", (num, 4))), value=jnp.zeros(num),
+        ), jnp.zeros(changes.get("new", num))  # fmt: skip
+
+    options = {k: v for k, v in changes.items() if k in ("max_depth", "max_num_considered_actions")}
+    if "invalid_actions" in changes:
+        options["invalid_actions"] = jnp.zeros(changes["invalid_actions"])
+    num = changes.get("num_simulations", 4)
+    with pytest.raises(ValueError, match=message):
+        search.gumbel_muzero_policy((), jax.random.key(0), root, function, num, **options)
