@@ -194,6 +194,45 @@ def test_visits_are_those_of_mctx(
     jax.clear_caches()
 
 
+def test_chance_nodes_are_those_of_mctx():
+    num_actions, outcomes, batch = 5, 3, 6
+    params = world(1, num_actions + outcomes, 0.9, 1.0)
+
+    def decide(params, key, action, state):
+        after = params["next"][state, jnp.clip(action, 0, num_actions - 1)]
+        return search.DecisionRecurrentFnOutput(
+            chance_logits=params["logits"][after, num_actions:],
+            afterstate_value=params["value"][after],
+        ), after  # fmt: skip
+
+    def answer(params, key, outcome, state):
+        after = params["next"][state, num_actions + jnp.clip(outcome, 0, outcomes - 1)]
+        return search.ChanceRecurrentFnOutput(
+            action_logits=params["logits"][after, :num_actions], value=params["value"][after],
+            reward=params["reward"][after], discount=params["discount"][after],
+        ), after  # fmt: skip
+
+    def searched(library):
+        state = jnp.arange(batch, dtype=jnp.int32)
+        root = library.RootFnOutput(
+            prior_logits=params["logits"][state, :num_actions], value=params["value"][state],
+            embedding=state,
+        )  # fmt: skip
+        invalid = jnp.asarray(invalid_of(2, batch, num_actions), jnp.float32)
+        return jax.jit(lambda key: library.stochastic_muzero_policy(
+            params, key, root, decide, answer, 40, invalid))(jax.random.key(3))  # fmt: skip
+
+    ours = searched(search)
+    with jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
+        theirs = searched(mctx)
+    np.testing.assert_array_equal(
+        ours.search_tree.summary().visit_counts, theirs.search_tree.summary().visit_counts
+    )
+    np.testing.assert_array_equal(ours.action, theirs.action)
+    np.testing.assert_allclose(ours.action_weights, theirs.action_weights, atol=1e-4)
+    assert ours.search_tree.num_actions == num_actions
+
+
 @pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
 def test_tree_adds_up(policy):
     params = world(0, 5, 0.9, 1.0)

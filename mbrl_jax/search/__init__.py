@@ -1,4 +1,4 @@
-"""Vectorised tree search: MuZero's PUCT and Gumbel MuZero, with the signatures of mctx."""
+"""Vectorised tree search: MuZero's, Gumbel MuZero's and Stochastic MuZero's, as mctx has them."""
 
 from mbrl_jax.search.base import (
     ChanceRecurrentFnOutput,
@@ -20,6 +20,7 @@ from mbrl_jax.search.qtransforms import (
     qtransform_by_parent_and_siblings,
     qtransform_completed_by_mix_value,
 )
+from mbrl_jax.search.stochastic import StochasticRecurrentState, stochastic_muzero_policy
 
 __all__ = [
     "ChanceRecurrentFnOutput",
@@ -30,10 +31,12 @@ __all__ = [
     "RecurrentFnOutput",
     "RootFnOutput",
     "SearchSummary",
+    "StochasticRecurrentState",
     "Tree",
     "gumbel_muzero_policy",
     "muzero_policy",
     "qtransform_by_min_max",
     "qtransform_by_parent_and_siblings",
     "qtransform_completed_by_mix_value",
+    "stochastic_muzero_policy",
 ]

@@ -7,6 +7,7 @@ the priors that is drawn once for each root, instead of one at every visit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -17,6 +18,7 @@ from mbrl_jax.search import forest as forests
 from mbrl_jax.search import gumbel as halved
 from mbrl_jax.search import halving, puct, trees
 from mbrl_jax.search.base import LoopFn, Params, PolicyOutput, QTransform, RecurrentFn, Tree, record
+from mbrl_jax.search.forest import Rule
 from mbrl_jax.search.qtransforms import (
     qtransform_by_parent_and_siblings,
     qtransform_completed_by_mix_value,
@@ -26,6 +28,8 @@ from mbrl_jax.search.seeds import Model, over_seeds
 TIE_NOISE = 1e-6  # relative, on PUCT's priors
 
 Number = jax.Array | float
+Constants = Sequence[Any]
+"""Of a rule; numbers, or arrays [B]."""
 
 
 @record
@@ -79,46 +83,70 @@ def muzero_policy(
     Raises:
       ValueError: no simulation or action, or shapes that do not agree.
     """
-    invalid = _check(root, num_simulations, invalid_actions, max_depth)
+    invalid = check(root, num_simulations, invalid_actions, max_depth)
     rng_key, dirichlet_key, search_key = jax.random.split(rng_key, 3)
-    prior = jax.nn.softmax(jnp.asarray(root.prior_logits, jnp.float32))
-    batch, num_actions = prior.shape
-    alpha = jnp.full(num_actions, dirichlet_alpha, jnp.float32)
-    noise = jax.random.dirichlet(dirichlet_key, alpha, (batch,))
-    prior = (1 - dirichlet_fraction) * prior + dirichlet_fraction * noise
-    logits = _masked(forests.safe_log(prior), invalid)
-    ties_key, search_key = jax.random.split(search_key)
-    every = jnp.ones(batch)
+    logits = noisy(dirichlet_key, root.prior_logits, dirichlet_fraction, dirichlet_alpha)
+
+    def rule(constants: Constants) -> Rule:
+        return puct.puct(qtransform, *constants)
+
+    tree = puct_search(
+        params, search_key, masked(logits, invalid), root, recurrent_fn, rule,
+        (pb_c_init, pb_c_base), num_simulations, invalid, max_depth, loop_fn,
+    )  # fmt: skip
+    weights = tree.summary().visit_probs
+    action = jax.random.categorical(rng_key, tempered(weights, temperature))
+    return PolicyOutput(action=action, action_weights=weights, search_tree=tree)
+
+
+def puct_search(
+    params: Params,
+    key: jax.Array,
+    logits: jax.Array,
+    root: Any,
+    recurrent_fn: RecurrentFn,
+    rule: Callable[[Constants], Rule],
+    constants: Constants,
+    num_simulations: int,
+    invalid: jax.Array,
+    max_depth: int | None,
+    loop_fn: LoopFn,
+) -> Tree:
+    """The trees of simulations one after the other, by a rule of some constants.
+
+    The roots' logits [B, A] are in place of their own; `constants` may be mapped by vmap.
+    """
+    ties_key, key = jax.random.split(key)
     lanes = {
         "logits": logits,
         "value": jnp.asarray(root.value, jnp.float32),
         "embedding": root.embedding,
         "invalid": invalid,
-        "ties": 1.0 + TIE_NOISE * jax.random.uniform(ties_key, prior.shape),
-        "pb_c_init": pb_c_init * every,
-        "pb_c_base": pb_c_base * every,
+        "ties": 1.0 + TIE_NOISE * jax.random.uniform(ties_key, logits.shape),
+        "constants": [jnp.broadcast_to(jnp.float32(c), logits.shape[:1]) for c in constants],
     }
 
     def search(model: Model, lanes: dict[str, Any]) -> Tree:
-        rule = puct.puct(qtransform, lanes["pb_c_init"], lanes["pb_c_base"])
-        prior = jax.nn.softmax(lanes["logits"]) * lanes["ties"]
-        prior = jnp.where(lanes["invalid"], -jnp.inf, prior)
         limit = _limit(max_depth, num_simulations)
+        prior = jax.nn.softmax(lanes["logits"]) * lanes["ties"]
         forest = forests.plant(
-            prior, lanes["value"], lanes["embedding"], num_simulations + 1, limit is not None
-        )
+            jnp.where(lanes["invalid"], -jnp.inf, prior), lanes["value"], lanes["embedding"],
+            num_simulations + 1, limit is not None,
+        )  # fmt: skip
         forest = puct.simulate(
-            forest, model, rule, num_simulations, limit or 0, lanes["ties"], loop_fn
-        )
+            forest, model, rule(lanes["constants"]), num_simulations, limit or 0, lanes["ties"],
+            loop_fn,
+        )  # fmt: skip
         return trees.export(forest, num_simulations, lanes["logits"], lanes["invalid"])
 
-    tree = over_seeds(search, recurrent_fn)(params, search_key, lanes)
-    weights = tree.summary().visit_probs
+    return over_seeds(search, recurrent_fn)(params, key, lanes)
+
+
+def tempered(weights: jax.Array, temperature: Number) -> jax.Array:
+    """Logits of weights^(1 / temperature), [B, A]; 0 leaves the greatest alone."""
     scores = forests.safe_log(weights)
     scores = scores - jnp.max(scores, axis=-1, keepdims=True)
-    scores = scores / jnp.maximum(jnp.finfo(scores.dtype).tiny, temperature)
-    action = jax.random.categorical(rng_key, scores)
-    return PolicyOutput(action=action, action_weights=weights, search_tree=tree)
+    return scores / jnp.maximum(jnp.finfo(scores.dtype).tiny, temperature)
 
 
 def gumbel_muzero_policy(
@@ -154,7 +182,7 @@ def gumbel_muzero_policy(
     Raises:
       ValueError: no simulation or action, or shapes that do not agree.
     """
-    invalid = _check(root, num_simulations, invalid_actions, max_depth)
+    invalid = check(root, num_simulations, invalid_actions, max_depth)
     if max_num_considered_actions < 1:
         raise ValueError(
             f"max_num_considered_actions = {max_num_considered_actions}: expected 1 or more"
@@ -162,7 +190,7 @@ def gumbel_muzero_policy(
     rng_key, gumbel_key = jax.random.split(rng_key)
     logits = jnp.asarray(root.prior_logits, jnp.float32)
     if invalid_actions is not None:
-        logits = _masked(logits, invalid)
+        logits = masked(logits, invalid)
     gumbel = gumbel_scale * jax.random.gumbel(gumbel_key, logits.shape)
     most = min(max_num_considered_actions, logits.shape[1])
     rounds = halving.schedule(most, num_simulations)
@@ -202,11 +230,19 @@ def gumbel_muzero_policy(
     top = jnp.max(visits, axis=-1, keepdims=True)
     score = halved.considered_score(top, gumbel, logits, added, visits)
     action = jnp.argmax(jnp.where(invalid, -jnp.inf, score), axis=-1)
-    weights = jax.nn.softmax(_masked(logits + added, invalid))
+    weights = jax.nn.softmax(masked(logits + added, invalid))
     return PolicyOutput(action=action, action_weights=weights, search_tree=tree)
 
 
-def _masked(logits: jax.Array, invalid: jax.Array) -> jax.Array:
+def noisy(key: jax.Array, logits: jax.Array, fraction: Number, alpha: Number) -> jax.Array:
+    """Logits of the priors mixed with Dirichlet noise, [B, A]."""
+    prior = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+    batch, num_actions = prior.shape
+    noise = jax.random.dirichlet(key, jnp.full(num_actions, alpha, jnp.float32), (batch,))
+    return forests.safe_log((1 - fraction) * prior + fraction * noise)
+
+
+def masked(logits: jax.Array, invalid: jax.Array) -> jax.Array:
     """The lowest number, not infinity, where invalid: a row may have no other action."""
     top = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.where(invalid, jnp.finfo(logits.dtype).min, logits - top)
@@ -217,7 +253,7 @@ def _limit(max_depth: int | None, num_simulations: int) -> int | None:
     return max_depth if max_depth is not None and max_depth < num_simulations else None
 
 
-def _check(
+def check(
     root: Any, num_simulations: int, invalid_actions: jax.Array | None, max_depth: int | None
 ) -> jax.Array:
     """-> the invalid actions as bool [B, A]."""
