@@ -42,7 +42,7 @@ def parts(env: str, steps: int) -> list[Run]:
     ]
 
 
-CARTPOLE = ("ContinuousCartPole-v0", 800)
+CARTPOLE = ("ContinuousCartPole-v0", 600)
 RUNS = (
     *rows(*CARTPOLE, LENGTHS),
     *parts(*CARTPOLE),

@@ -254,6 +254,36 @@ def test_tree_adds_up(policy):
     np.testing.assert_allclose(tree.qvalues(np.zeros(3, int)), tree.summary().qvalues, rtol=1e-6)
 
 
+def test_metrics_tell_what_a_plain_walk_tells():
+    params, batch = world(2, 6, 0.9, 1.0), 5
+    out = run(search, "gumbel_muzero_policy", params, batch, 30, invalid_of(3, batch, 6))
+    found = {name: np.asarray(x) for name, x in search.search_metrics(out).items()}
+    tree = jax.tree.map(np.asarray, out.search_tree)
+    for i in range(batch):
+        depths = []
+        for node in np.flatnonzero(tree.parents[i] >= 0):
+            depth = 0
+            while node != 0:
+                node, depth = tree.parents[i, node], depth + 1
+            depths.append(depth)
+        assert found["depth_max"][i] == max(depths)
+        np.testing.assert_allclose(found["depth_mean"][i], np.mean(depths), rtol=1e-6)
+        visits = tree.children_visits[i, 0]
+        shares = visits[visits > 0] / visits.sum()
+        np.testing.assert_allclose(
+            found["visit_entropy"][i], -(shares * np.log(shares)).sum(), rtol=1e-5
+        )
+        prior = np.exp(np.float64(tree.children_prior_logits[i, 0]))
+        prior /= prior.sum()
+        seen = visits > 0
+        q = tree.children_rewards[i, 0] + tree.children_discounts[i, 0] * tree.children_values[i, 0]
+        mean = (prior * q)[seen].sum() / prior[seen].sum()
+        mixed = (tree.raw_values[i, 0] + visits.sum() * mean) / (1 + visits.sum())
+        gain = ((out.action_weights[i] - prior) * np.where(seen, q, mixed)).sum()
+        np.testing.assert_allclose(found["policy_improvement"][i], gain, rtol=1e-3, atol=1e-5)
+    assert (found["policy_improvement"] > 0).all()
+
+
 @pytest.mark.parametrize(
     ("policy", "masked"),
     [

@@ -10,6 +10,7 @@ from mbrl_jax.search.base import (
     SearchSummary,
     Tree,
 )
+from mbrl_jax.search.metrics import search_metrics
 from mbrl_jax.search.policies import (
     GumbelMuZeroExtraData,
     gumbel_muzero_policy,
@@ -38,5 +39,6 @@ __all__ = [
     "qtransform_by_min_max",
     "qtransform_by_parent_and_siblings",
     "qtransform_completed_by_mix_value",
+    "search_metrics",
     "stochastic_muzero_policy",
 ]
