@@ -75,6 +75,17 @@ def test_the_cells_of_bench_model_free_are_runs_of_ours(monkeypatch):
         assert plan.periods * plan.updates * per_round == cell.num_updates(steps), cell.name
 
 
+@pytest.mark.slow
+def test_bench_search_writes_a_row_for_every_cell(tmp_path):
+    script = [sys.executable, str(BENCHMARKS / "bench_search.py"), "--repeats", "1"]
+    grid = ["--batches", "2", "--simulations", "4", "--actions", "3", "--out", str(tmp_path)]
+    done = subprocess.run(script + grid, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench_search.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert all(row["ratio"] > 0 and row["same_visits"] == 1 for row in rows)
+
+
 def run_bench_models(out, *options):
     script = [sys.executable, str(BENCHMARKS / "bench_models.py"), "--quick", "--repeats", "1"]
     done = subprocess.run(

@@ -254,6 +254,47 @@ def test_tree_adds_up(policy):
     np.testing.assert_allclose(tree.qvalues(np.zeros(3, int)), tree.summary().qvalues, rtol=1e-6)
 
 
+def test_sampled_search_over_all_actions_is_the_discrete_one():
+    """Candidates that are the actions themselves, in another order at every node."""
+    num_actions, batch = 6, 4
+    params = world(4, num_actions, 0.9, 1.0)
+
+    def candidates(state):
+        order = (jnp.arange(num_actions)[None] + state[:, None]) % num_actions
+        logits = jnp.take_along_axis(params["logits"][state], order, axis=1)
+        return order[..., None].astype(jnp.float32), logits
+
+    def step(params, key, action, state):
+        out, state = model(params, key, action[:, 0].astype(jnp.int32), state)
+        actions, logits = candidates(state)
+        return search.SampledRecurrentFnOutput(
+            reward=out.reward, discount=out.discount, value=out.value, actions=actions,
+            prior_logits=search.sampled_logits(logits, jnp.zeros(logits.shape)),
+        ), state  # fmt: skip
+
+    root = root_of(params, batch)
+    actions, logits = candidates(root.embedding)
+    found = jax.jit(lambda key: search.sampled_policy(
+        params, key,
+        search.SampledRootFnOutput(actions=actions, prior_logits=logits, value=root.value,
+                                   embedding=root.embedding),
+        step, 40, gumbel_scale=0.0))(jax.random.key(0))  # fmt: skip
+    plain = run(search, "gumbel_muzero_policy", params, batch, 40, gumbel_scale=0.0)
+    np.testing.assert_array_equal(found.action[:, 0], plain.action)
+    order = actions[..., 0].astype(jnp.int32)
+    for a, b in (
+        (found.search_tree.children_visits[:, 0], plain.search_tree.children_visits[:, 0]),
+        (found.action_weights, plain.action_weights),
+    ):
+        np.testing.assert_allclose(a, jnp.take_along_axis(b, order, axis=1), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"root.actions of shape \(4, 6, 1\): expected \(4, 5\)"):
+        search.sampled_policy(
+            params, jax.random.key(0),
+            search.SampledRootFnOutput(actions=actions, prior_logits=logits[:, :5],
+                                       value=root.value, embedding=root.embedding), step, 4,
+        )  # fmt: skip
+
+
 def test_metrics_tell_what_a_plain_walk_tells():
     params, batch = world(2, 6, 0.9, 1.0), 5
     out = run(search, "gumbel_muzero_policy", params, batch, 30, invalid_of(3, batch, 6))

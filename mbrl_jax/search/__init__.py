@@ -21,6 +21,13 @@ from mbrl_jax.search.qtransforms import (
     qtransform_by_parent_and_siblings,
     qtransform_completed_by_mix_value,
 )
+from mbrl_jax.search.sampled import (
+    SampledPolicyOutput,
+    SampledRecurrentFnOutput,
+    SampledRootFnOutput,
+    sampled_logits,
+    sampled_policy,
+)
 from mbrl_jax.search.stochastic import StochasticRecurrentState, stochastic_muzero_policy
 
 __all__ = [
@@ -31,6 +38,9 @@ __all__ = [
     "RecurrentFn",
     "RecurrentFnOutput",
     "RootFnOutput",
+    "SampledPolicyOutput",
+    "SampledRecurrentFnOutput",
+    "SampledRootFnOutput",
     "SearchSummary",
     "StochasticRecurrentState",
     "Tree",
@@ -39,6 +49,8 @@ __all__ = [
     "qtransform_by_min_max",
     "qtransform_by_parent_and_siblings",
     "qtransform_completed_by_mix_value",
+    "sampled_logits",
+    "sampled_policy",
     "search_metrics",
     "stochastic_muzero_policy",
 ]
