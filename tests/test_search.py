@@ -370,7 +370,9 @@ def test_no_buffer_is_copied(policy, seeds):
     params = world(0, actions, 0.9, 1.0)
 
     def one(key):
-        out = getattr(search, policy)(params, key, root_of(params, batch), model, num)
+        out = getattr(search, policy)(
+            None, key, root_of(params, batch), lambda _, *args: model(params, *args), num
+        )
         return out.action, out.action_weights
 
     keys = jax.random.split(jax.random.key(0), seeds)

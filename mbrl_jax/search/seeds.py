@@ -8,7 +8,7 @@ maps only the recurrent function over seeds, where each has parameters of its ow
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,23 +28,28 @@ def over_seeds(search: Search, recurrent_fn: RecurrentFn) -> Callable[[Any, jax.
     `vmap` must reach what it maps through these arguments: a recurrent function that closes over a
     mapped array is not seen.
     """
-    return _run(search, recurrent_fn, 1, None)
+    return _run(search, recurrent_fn, None, ())
 
 
-def _run(search: Search, recurrent_fn: RecurrentFn, seeds: int, axes: Any) -> Callable[..., Any]:
-    """`axes` tells which leaves of the parameters have a leading axis of seeds; None: no seeds."""
+def _run(
+    search: Search, recurrent_fn: RecurrentFn, seeds: int | None, axes: Sequence[int | None]
+) -> Callable[..., Any]:
+    """`axes`, 0 or None, tells which leaves of the parameters have an axis of seeds in front."""
 
     @jax.custom_batching.custom_vmap
     def run(params: Any, key: jax.Array, lanes: Any) -> Any:
-        if axes is None:
-            one = lambda n, action, x: recurrent_fn(params, jax.random.fold_in(key, n), action, x)  # noqa: E731
-            return search(one, lanes)
+        def alone(n: jax.Array, action: jax.Array, embedding: Any) -> tuple[Any, Any]:
+            return recurrent_fn(params, jax.random.fold_in(key, n), action, embedding)
+
+        if seeds is None:
+            return search(alone, lanes)
         batch = jax.tree.leaves(lanes)[0].shape[0] // seeds
 
         def model(n: jax.Array, action: jax.Array, embedding: Any) -> tuple[Any, Any]:
             keys = jax.vmap(lambda k: jax.random.fold_in(k, n))(key)
             action, embedding = jax.tree.map(split, (action, embedding))
-            mapped = jax.vmap(recurrent_fn, in_axes=(axes, 0, 0, 0))
+            of_params = jax.tree.unflatten(jax.tree.structure(params), axes)
+            mapped = jax.vmap(recurrent_fn, in_axes=(of_params, 0, 0, 0))
             return jax.tree.map(join, mapped(params, keys, action, embedding))
 
         def split(x: jax.Array) -> jax.Array:
@@ -59,31 +64,31 @@ def _run(search: Search, recurrent_fn: RecurrentFn, seeds: int, axes: Any) -> Ca
 
     @run.def_vmap
     def rule(size: int, batched: Any, params: Any, key: jax.Array, lanes: Any) -> Any:
+        present = seeds or 1
+
         def merged(x: jax.Array, is_batched: bool, own: bool) -> jax.Array:
             """[size, seeds, ...] in one axis; `own`: each of the present seeds has its own."""
             x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
             if not own:
-                x = jnp.broadcast_to(x[:, None], (size, seeds, *x.shape[1:]))
-            return x.reshape(size * seeds, *x.shape[2:])
+                x = jnp.broadcast_to(x[:, None], (size, present, *x.shape[1:]))
+            return x.reshape(size * present, *x.shape[2:])
 
         params_batched, key_batched, lanes_batched = batched
-        own = jax.tree.map(lambda _: None, params) if axes is None else axes
         leaves, structure = jax.tree.flatten(params)
-        # none is a leaf here
-        held = jax.tree.leaves(own, is_leaf=lambda x: x is None)
-        flags = zip(leaves, jax.tree.leaves(params_batched), held, strict=True)
+        own = [None] * len(leaves) if seeds is None else axes
+        flags = zip(leaves, jax.tree.leaves(params_batched), own, strict=True)
         moved = [
             (merged(x, b, o is not None), 0) if b or o is not None else (x, None)
             for x, b, o in flags
         ]
         params = jax.tree.unflatten(structure, [x for x, _ in moved])
-        wider = jax.tree.unflatten(structure, [axis for _, axis in moved])
-        key = merged(key, key_batched, axes is not None)
+        wider = [axis for _, axis in moved]
+        key = merged(key, key_batched, seeds is not None)
         lanes = jax.tree.map(
             lambda x, b: merged_lanes(x if b else jnp.broadcast_to(x, (size, *x.shape))),
             lanes, lanes_batched,
         )  # fmt: skip
-        found = _run(search, recurrent_fn, size * seeds, wider)(params, key, lanes)
+        found = _run(search, recurrent_fn, size * present, wider)(params, key, lanes)
         found = jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), found)
         return found, jax.tree.map(lambda _: True, found)
 
