@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(agent, fields, sa
         ("ppo", "CartPole-v1", 60_000, 4, 20, 350),
         ("sac", "Pendulum-v1", 4_000, 4, 20, -250),
         ("pets", "Pendulum-v1", 1_000, 2, 2, -400),
-        ("mbpo", "Pendulum-v1", 600, 2, 20, -400),
+        ("mbpo", "Pendulum-v1", 800, 2, 20, -250),
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, seeds, episodes, least):
