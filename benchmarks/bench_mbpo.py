@@ -8,9 +8,10 @@ Two sizes on equal settings, the same networks, batches, epochs, rollouts and up
   nothing), model 4 x 200 with 7 members, policy and critics 2 x 256, 40 updates a step.
 
 The model is trained every `period` steps for the same number of passes, without early stopping. The
-clock runs from the first step after the random ones to the end; neither side is evaluated, and our
-compilation is told apart. The sides alternate; the ratio is the median of the pairs'. Several seeds
-are one run of ours (one after another on each CPU device) against as many of theirs in turn.
+clock runs over as many steps, updates and trainings on both sides, from the first step with a model
+to the end; neither side is evaluated, and our compilation is told apart. The sides alternate; the
+ratio is the median of the pairs'. Several seeds are one run of ours (one after another on each CPU
+device) against as many of theirs in turn.
 
 The parts are functions of ours alone, compiled and timed by themselves and multiplied by how often
 1,000 steps call them.

@@ -7,6 +7,11 @@ dozen operations), `mlp` (two layers of 64) and `residual` (four residual blocks
 time: of both sides the seconds of tracing and compilation and the temporary memory of the program,
 and whether the visits at all roots agree.
 
+Two more tables. `levels`: what runs one after another in a search, calls of the network and turns
+of the loops that walk the trees, both told from the depths of the nodes, for `mlp` and 32 roots.
+`seeds`: a search under vmap, of 8 seeds with parameters of their own, against one search of as many
+roots with one seed's.
+
 The floor of a search is its network: simulations * batch calls of the recurrent function.
 
     python benchmarks/bench_search.py
@@ -36,6 +41,8 @@ from peer_process import timed
 
 from mbrl_jax import search
 from mbrl_jax.runtime.logs import describe_machine
+from mbrl_jax.search import halving
+from mbrl_jax.search.trees import node_depths
 
 HERE = Path(__file__).parent
 POLICIES = ("gumbel_muzero_policy", "muzero_policy")
@@ -95,19 +102,29 @@ def residual(params: Any, key: jax.Array, action: jax.Array, state: jax.Array) -
 FUNCTIONS: dict[str, Callable[..., Any]] = {"trivial": trivial, "mlp": mlp, "residual": residual}
 
 
-def side(
-    library: ModuleType, policy: str, function: str, num_simulations: int, args: tuple[Any, ...]
-) -> dict[str, Any]:
-    """The compiled search of one library."""
+def searched(library: ModuleType, policy: str, function: str, num_simulations: int) -> Callable:
+    """(params, key, state [B, STATE]) -> PolicyOutput."""
 
     def run(params: Any, key: jax.Array, state: jax.Array) -> Any:
         root = library.RootFnOutput(
             prior_logits=state @ params["policy"], value=state @ params["value"], embedding=state
         )
-        found = getattr(library, policy)(params, key, root, FUNCTIONS[function], num_simulations)
-        counts = found.search_tree.summary().visit_counts
-        return found.action, found.action_weights, counts
+        return getattr(library, policy)(params, key, root, FUNCTIONS[function], num_simulations)
 
+    return run
+
+
+def advice(output: Any) -> tuple[jax.Array, ...]:
+    """What the timed programs give."""
+    return output.action, output.action_weights, output.search_tree.summary().visit_counts
+
+
+def arguments(num_actions: int, batch: int) -> tuple[Any, ...]:
+    state = jax.random.normal(jax.random.key(1), (batch, STATE))
+    return weights(num_actions), jax.random.key(2), state
+
+
+def compiled(run: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
     start = time.perf_counter()
     ready = jax.jit(run).lower(*args).compile()
     seconds = time.perf_counter() - start
@@ -117,30 +134,89 @@ def side(
     }  # fmt: skip
 
 
+def alternate(pair: list[Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Milliseconds of both, in turn, and how much longer the second takes."""
+    first = timed(pair[1])[0]
+    # short calls are repeated within one measurement, long ones measured less often
+    times = max(1, math.ceil(LEAST_SECONDS / first))
+    repeats = min(repeats, 3) if first > 1 else repeats
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return timed(lambda: [run() for _ in range(times)])[0] / times
+
+    own, other = zip(*([seconds(run) for run in pair] for _ in range(repeats)), strict=True)
+    ratios = [b / a for a, b in zip(own, other, strict=True)]
+    return {
+        "ms": 1e3 * statistics.median(own), "other_ms": 1e3 * statistics.median(other),
+        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+    }  # fmt: skip
+
+
 def cell(
     policy: str, function: str, batch: int, num_simulations: int, num_actions: int, repeats: int
 ) -> dict[str, Any]:
-    params = weights(num_actions)
-    state = jax.random.normal(jax.random.key(1), (batch, STATE))
-    args = (params, jax.random.key(2), state)
-    sides = [side(lib, policy, function, num_simulations, args) for lib in (search, mctx)]
-    visits = [np.asarray(timed(one["run"], *args)[1][2]) for one in sides]
-    # short searches are repeated within one measurement
-    times = max(1, math.ceil(LEAST_SECONDS / timed(sides[1]["run"], *args)[0]))
-
-    def seconds(run: Callable[..., Any]) -> float:
-        return timed(lambda: [run(*args) for _ in range(times)])[0] / times
-
-    own, other = zip(*([seconds(one["run"]) for one in sides] for _ in range(repeats)), strict=True)
-    ratios = [b / a for a, b in zip(own, other, strict=True)]
-    return {
+    args = arguments(num_actions, batch)
+    runs = [searched(library, policy, function, num_simulations) for library in (search, mctx)]
+    sides = [compiled(lambda *x, run=run: advice(run(*x)), args) for run in runs]
+    visits = [np.asarray(one["run"](*args)[2]) for one in sides]
+    row = {
         "policy": policy, "function": function, "batch": batch, "simulations": num_simulations,
-        "actions": num_actions, "ms": 1e3 * statistics.median(own),
-        "mctx_ms": 1e3 * statistics.median(other), "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios), "ratio_max": max(ratios),
+        "actions": num_actions,
+        **alternate([lambda one=one: one["run"](*args) for one in sides], repeats),
         "same_visits": float((visits[0] == visits[1]).all(axis=-1).mean()),
         **{name: sides[0][name] for name in ("compile_s", "temp_mb")},
         **{f"mctx_{name}": sides[1][name] for name in ("compile_s", "temp_mb")},
+    }  # fmt: skip
+    row["mctx_ms"] = row.pop("other_ms")
+    return row
+
+
+def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> dict[str, Any]:
+    """Calls of the network and turns of loops, one after another, of both libraries."""
+    args = arguments(num_actions, batch)
+    depth = []
+    for library in (search, mctx):
+        run = searched(library, policy, "mlp", num_simulations)
+        tree = jax.jit(lambda *x, run=run: run(*x).search_tree)(*args)
+        depth.append(np.asarray(node_depths(tree))[:, 1:].max(axis=0))
+    # down to the leaf and up again, for the deepest of the roots
+    theirs = int(2 * depth[1].sum())
+    calls, own = num_simulations, int(depth[0].sum())
+    if policy == "gumbel_muzero_policy":
+        most = min(16, num_actions)
+        rounds = halving.schedule(most, num_simulations)
+        calls = own = first = 0
+        for group in halving.plan(rounds, range(most, most + 1), batch):
+            for i in range(group.first, group.end):
+                among, commit = (int(x[most, i]) for x in (rounds.candidates, rounds.visits))
+                deep = depth[0][first : first + commit]
+                calls += -(-among // group.width)
+                own += sum(int(deep[n : n + group.width].max())
+                           for n in range(0, commit, group.width))  # fmt: skip
+                if i and commit < among:
+                    # the walk that tells the values, and the replay
+                    own += int(deep.max()) - 1 + commit
+                first += commit
+    return {
+        "policy": policy, "batch": batch, "simulations": num_simulations, "actions": num_actions,
+        "calls": calls, "mctx_calls": num_simulations, "levels": own, "mctx_levels": theirs,
+    }  # fmt: skip
+
+
+def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats: int) -> Any:
+    """8 seeds of `batch` roots under vmap against 8 times as many roots."""
+    number, num_actions = 8, 18
+    run = searched(search, policy, function, num_simulations)
+    params, key, state = arguments(num_actions, number * batch)
+    own = jax.tree.map(lambda x: jnp.stack([x] * number), params)
+    apart = own, jax.random.split(key, number), state.reshape(number, batch, STATE)
+    whole = arguments(num_actions, number * batch)
+    mapped = compiled(jax.vmap(lambda *x: advice(run(*x))), apart)
+    single = compiled(lambda *x: advice(run(*x)), whole)
+    pair = [lambda: single["run"](*whole), lambda: mapped["run"](*apart)]
+    return {
+        "policy": policy, "function": function, "seeds": number, "batch": batch,
+        "simulations": num_simulations, "actions": num_actions, **alternate(pair, repeats),
     }  # fmt: skip
 
 
@@ -161,9 +237,57 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+LEVELS = [
+    "| policy | simulations | actions | calls | mctx | levels | mctx |",
+    "|" + "---|" * 7,
+]
+SEEDS = [
+    "| policy | function | one search ms | 8 seeds ms | seeds / one |",
+    "|" + "---|" * 5,
+]
+
+
+def level_line(row: dict[str, Any]) -> str:
+    names = ("simulations", "actions", "calls", "mctx_calls", "levels", "mctx_levels")
+    cells = [row["policy"].removesuffix("_policy"), *(row[name] for name in names)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def seeds_line(row: dict[str, Any]) -> str:
+    ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+    cells = [row["policy"].removesuffix("_policy"), row["function"], f"{row['ms']:.3g}",
+             f"{row['other_ms']:.3g}", ratio]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """What the targets speak of."""
+    found = []
+    for policy in POLICIES:
+        own = [row for row in rows if row["policy"] == policy]
+        ratios = [row["ratio"] for row in own if row["batch"] >= 32]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            found.append(f"{policy}, batch 32 and more: {mean:.2f} times as fast")
+        if own:
+            worst = {name: max(row[name] / row[f"mctx_{name}"] for row in own)
+                     for name in ("ms", "compile_s", "temp_mb")}  # fmt: skip
+            parts = ", ".join(f"{name} {value:.2f}" for name, value in worst.items())
+            found.append(f"{policy}, worst cell against mctx: {parts}")
+        many = [row for row in own if row["batch"] == 256]
+        times = {(row["function"], row["actions"], row["simulations"]): row["ms"] for row in many}
+        longer = [(ms, times.get((f, a, 50))) for (f, a, n), ms in times.items() if n == 128]
+        growth = [math.log(ms / before) / math.log(128 / 50) for ms, before in longer if before]
+        if growth:
+            powers = ", ".join(f"{x:.2f}" for x in growth)
+            found.append(f"{policy}, batch 256, power of growth from 50 to 128: {powers}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256, 1024])
     parser.add_argument("--simulations", type=int, nargs="+", default=[16, 50, 128])
     parser.add_argument("--actions", type=int, nargs="+", default=[4, 18, 82])
@@ -171,23 +295,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    record: dict[str, Any] = {"made": describe_machine(), "rows": []}
+    record: dict[str, Any] = {"made": describe_machine(), "rows": [], "levels": [], "seeds": []}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "bench_search.json"
-    grid = itertools.product(
-        POLICIES, args.functions, args.batches, args.simulations, args.actions
-    )  # fmt: skip
-    for policy, function, batch, num_simulations, num_actions in grid:
-        row = cell(policy, function, batch, num_simulations, num_actions, args.repeats)
-        record["rows"].append(row)
+
+    def keep(table: str, row: dict[str, Any], line: str) -> None:
+        record[table].append(row)
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(line(row), flush=True)
+        print(line, flush=True)
         jax.clear_caches()
-    for policy in POLICIES:
-        ratios = [r["ratio"] for r in record["rows"] if r["policy"] == policy and r["batch"] >= 32]
-        if ratios:
-            print(f"{policy}, batch 32 and more: {statistics.geometric_mean(ratios):.2f} times")
-    print("\n".join(["", *HEADER, *map(line, record["rows"])]) + f"\n\nwritten: {path}")
+
+    for policy, function in itertools.product(args.policies, args.functions):
+        row = seeds(policy, function, 32, args.simulations[-1], args.repeats)
+        keep("seeds", row, seeds_line(row))
+    for policy, *sizes in itertools.product(args.policies, args.simulations, args.actions):
+        row = levels(policy, 32, *sizes)
+        keep("levels", row, level_line(row))
+    for cells in itertools.product(
+        args.policies, args.functions, args.batches, args.simulations, args.actions
+    ):
+        row = cell(*cells, args.repeats)
+        keep("rows", row, line(row))
+    tables = (HEADER, line, "rows"), (LEVELS, level_line, "levels"), (SEEDS, seeds_line, "seeds")
+    for header, form, name in tables:
+        print("\n".join(["", *header, *map(form, record[name])]))
+    print("\n".join(["", *summary(record["rows"]), f"\nwritten: {path}"]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """mbrl-lib's MBPO as a worker of bench_mbpo.py: `mbpo.train` as its example calls it.
 
-The clock starts with the first step after the exploration and stops when `train` returns, whose
-one evaluation is an episode of one step. It speaks as peer_process.py tells.
+mbrl-lib updates the policy only once a model was trained, at the end of the first period, so the
+clock starts there; it stops when `train` returns, whose one evaluation is an episode of one step.
+It speaks as peer_process.py tells.
 """
 
 from __future__ import annotations
@@ -109,17 +110,19 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
     def never(act: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(next_obs), 1, dtype=torch.bool)
 
+    period = request["settings"]["period"]
+
     def train(steps: int) -> float:
-        env = Clocked(make(), after=request["settings"]["warmup"])
+        env = Clocked(make(), after=request["settings"]["warmup"] + period)
         with tempfile.TemporaryDirectory() as folder:
-            mbpo.train(env, Clocked(make(), short=True), never, config(request, steps), silent=True,
-                       work_dir=folder)  # fmt: skip
+            mbpo.train(env, Clocked(make(), short=True), never, config(request, period + steps),
+                       silent=True, work_dir=folder)  # fmt: skip
         return time.perf_counter() - env.began
 
     tried = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        tried[threads] = train(request["settings"]["period"])
+        tried[threads] = train(max(period // 4, 1))
     torch.set_num_threads(min(tried, key=lambda threads: tried[threads]))
     info = {"threads": torch.get_num_threads(), "tried": tried}
     versions = {"torch": torch.__version__}

@@ -7,6 +7,7 @@ mctx fixed where the papers leave them open; numpy in double precision, no cleve
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -63,10 +64,29 @@ def completed(node):
     return (50 + counts.max()) * 0.1 * q
 
 
-def puct(node, init=1.25, base=19652):
+def puct(node, init=1.25, base=19652, transform=parent_and_siblings):
     factor = init + math.log((node.visits + base + 1) / base)
     bonus = math.sqrt(node.visits) * factor * node.prior / (node.counts + 1)
-    return parent_and_siblings(node) + bonus
+    return transform(node) + bonus
+
+
+class TreeRange:
+    """Values in the range of those that the tree has seen (Schrittwieser et al. 2020, eq. 5)."""
+
+    def __init__(self, root):
+        self.low, self.high = math.inf, -math.inf
+        nodes = [root]
+        for node in nodes:
+            for action, child in node.children.items():
+                self.update(node.qvalues[action])
+                nodes.append(child)
+
+    def __call__(self, node):
+        scaled = (node.qvalues - self.low) / max(self.high - self.low, 1e-8)
+        return np.where(node.counts > 0, scaled, 0.0)
+
+    def update(self, qvalue):
+        self.low, self.high = min(self.low, qvalue), max(self.high, qvalue)
 
 
 def improved(node):
@@ -89,10 +109,10 @@ def considered_visits(considered, num_simulations):
     return found[:num_simulations]
 
 
-def run(root, step: Step, choose_root, rule, num_simulations, max_depth=None):
+def run(root, step: Step, choose_root, rule, num_simulations, max_depth=None, seen=None):
     """Grows the tree of `root` in place; `choose_root` gets it and the simulation's number."""
-    max_depth = max_depth or num_simulations
-    for i in range(num_simulations):
+    max_depth = root.depth + (max_depth or num_simulations)
+    for i in range(root.visits - 1, num_simulations):
         path, node = [root], root
         action = choose_root(root, i)
         while action in node.children and node.depth + 1 < max_depth:
@@ -109,27 +129,41 @@ def run(root, step: Step, choose_root, rule, num_simulations, max_depth=None):
             returned = below.reward + below.discount * returned
             node.value = (node.value * node.visits + returned) / (node.visits + 1)
             node.visits += 1
+            if seen:
+                seen.update(below.reward + below.discount * below.value)
             below = node
     return root
 
 
-def muzero(root, step, num_simulations, invalid, max_depth=None):
-    """Visits [A] of PUCT from priors that have their noise already."""
+def muzero(root, step, num_simulations, invalid, max_depth=None, tree_range=False):
+    """Visits [A] of PUCT from priors that have their noise already; a root's visits count."""
+    seen = TreeRange(root) if tree_range else None
+    rule = functools.partial(puct, transform=seen or parent_and_siblings)
 
     def choose(node, _):
-        return int(np.argmax(np.where(invalid, -np.inf, puct(node))))
+        return int(np.argmax(np.where(invalid, -np.inf, rule(node))))
 
-    return run(root, step, choose, puct, num_simulations, max_depth).counts
+    return run(root, step, choose, rule, num_simulations, max_depth, seen).counts
 
 
-def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None):
-    """Visits [A] and action weights [A] of sequential halving, scored anew at every simulation."""
+def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None, halve_once=False):
+    """Visits [A] and action weights [A] of sequential halving.
+
+    Scored anew at every simulation or, as in algorithm 2 of the paper, once for each phase.
+    """
     table = considered_visits(min(most, int((~invalid).sum())), num_simulations)
+    left = []
 
     def choose(node, i):
         score = np.maximum(-1e9, noise + node.logits - node.logits.max() + completed(node))
         score = np.where((node.counts == table[i]) & ~invalid, score, -np.inf)
-        return int(np.argmax(score))
+        if not halve_once:
+            return int(np.argmax(score))
+        if not left:
+            # the visits of one count that follow on one another are a round
+            size = next((n for n, v in enumerate(table[i:]) if v != table[i]), len(table) - i)
+            left.extend(np.argsort(-score, kind="stable")[:size].tolist())
+        return left.pop(0)
 
     run(root, step, choose, improved, num_simulations, max_depth)
     logits = np.where(invalid, -np.inf, root.logits + completed(root))

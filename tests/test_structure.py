@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "analysis": set(),
     "data": {"types", "prng"},
     "nn": {"types", "prng", "data"},
-    "models": {"types", "prng", "data", "nn"},
+    "models": {"types", "prng", "data", "nn", "search"},
     "search": set(),
     "planning": {"types", "prng", "data", "nn", "models"},
     "envs": {"types", "prng"},

@@ -1,6 +1,10 @@
-"""The true environment as a dynamics model, so that planners and rollouts meet no model error."""
+"""The true environment as a model, so that planners, rollouts and search meet no model error."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 from mbrl_jax.envs.env import Env
 from mbrl_jax.envs.functions import STATES
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
+from mbrl_jax.models.latent import LatentModel
 from mbrl_jax.types import InputError, PyTree
 
 
@@ -28,7 +33,7 @@ def oracle(env: Env) -> DynamicsModel:
     fields = STATES[env.spec.id]
 
     def predict(params: PyTree, obs: jax.Array, action: jax.Array, key: jax.Array) -> Prediction:
-        world = Env(env.base, params, env.spec, env.native_low, env.native_high)
+        world = dataclasses.replace(env, params=params)
         reset_key, key = jax.random.split(key)
         blank, _ = world.reset(reset_key)
 
@@ -40,3 +45,54 @@ def oracle(env: Env) -> DynamicsModel:
         return Prediction(step.obs, step.reward, step.terminated, jnp.zeros(obs.shape[0]))
 
     return DynamicsModel(predict)
+
+
+class OracleLatent(NamedTuple):
+    """States of B environments."""
+
+    state: PyTree  # [B, ...] of gymnax
+    obs: jax.Array  # [B, *obs_shape]
+    over: jax.Array  # [B] bool, the episode has ended
+
+
+class OracleParams(NamedTuple):
+    env: PyTree  # `env.params`
+    evaluate: PyTree = None  # whatever the evaluation needs
+
+
+def latent_oracle(
+    env: Env,
+    evaluate: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]],
+    discount: float,
+) -> LatentModel:
+    """Any gymnax environment as a latent model, which makes a search AlphaZero's.
+
+    Parameters are `OracleParams`. `represent(params, (state [B, ...], obs [B, *obs_shape]))` takes
+    what `Env.reset` and `Env.step` give. A state that ends the episode is absorbing: it stays,
+    earns nothing and is worth nothing. The time limit, which is none of the task, ends nothing.
+
+    Args:
+      env: discrete actions, or continuous ones for `sampled_policy`.
+      evaluate: (params.evaluate, obs [B, *obs_shape]) -> policy logits [B, A], value [B].
+      discount: of each step, [0, 1].
+    """
+
+    def represent(params: OracleParams, seen: tuple[PyTree, jax.Array]) -> OracleLatent:
+        state, obs = seen
+        return OracleLatent(state, obs, jnp.zeros(obs.shape[0], bool))
+
+    def transition(params: OracleParams, latent: OracleLatent, action: jax.Array, key: jax.Array):
+        world = dataclasses.replace(env, params=params.env)
+        keys = jax.random.split(key, action.shape[0])
+        state, step = jax.vmap(world.step)(keys, latent.state, action)
+        before, live = latent, ~latent.over
+        over = latent.over | step.terminated
+        after = OracleLatent(state, step.obs, over)
+        after = jax.tree.map(
+            lambda new, old: jnp.where(live.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+            after, before,
+        )  # fmt: skip
+        reward = jnp.where(live, step.reward, 0.0)
+        return after, reward, jnp.where(over, 0.0, jnp.float32(discount))
+
+    return LatentModel(represent, transition, lambda p, latent: evaluate(p.evaluate, latent.obs))

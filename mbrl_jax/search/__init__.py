@@ -19,6 +19,7 @@ from mbrl_jax.search.policies import (
 from mbrl_jax.search.qtransforms import (
     qtransform_by_min_max,
     qtransform_by_parent_and_siblings,
+    qtransform_by_tree_min_max,
     qtransform_completed_by_mix_value,
 )
 from mbrl_jax.search.sampled import (
@@ -29,6 +30,7 @@ from mbrl_jax.search.sampled import (
     sampled_policy,
 )
 from mbrl_jax.search.stochastic import StochasticRecurrentState, stochastic_muzero_policy
+from mbrl_jax.search.trees import advance
 
 __all__ = [
     "ChanceRecurrentFnOutput",
@@ -44,10 +46,12 @@ __all__ = [
     "SearchSummary",
     "StochasticRecurrentState",
     "Tree",
+    "advance",
     "gumbel_muzero_policy",
     "muzero_policy",
     "qtransform_by_min_max",
     "qtransform_by_parent_and_siblings",
+    "qtransform_by_tree_min_max",
     "qtransform_completed_by_mix_value",
     "sampled_logits",
     "sampled_policy",

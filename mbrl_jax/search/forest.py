@@ -5,7 +5,9 @@ slice. Edge row * W + a is action a at a row, whose W cells hold first its edges
 
 Every rule of selection here sees the node alone, so a node's choice changes only when a simulation
 passes through it. Each edge therefore keeps the edge at which greedy descent through it ends
-(`target`), and the backup, which walks the path anyway, renews it. Selection is one lookup.
+(`target`), and the backup, which walks the path anyway, renews it. Selection is one lookup. Where
+the rule looks at the whole tree (a forest with a `span`), `target` is the row of the edge's child
+instead, and descent a loop.
 
 Values follow the running mean of mctx and the papers: the value of a node is the mean over its own
 evaluation and the returns of the simulations through it.
@@ -38,6 +40,7 @@ class Node(NamedTuple):
     raw: jax.Array  # [L]
     value: jax.Array  # [L]
     total: jax.Array  # [L] int32 visits of the node, its own evaluation among them
+    span: jax.Array | None = None  # [L, 2] least and greatest value in its tree, if that is kept
 
 
 Rule = Callable[[Node], jax.Array]
@@ -56,6 +59,7 @@ class Forest:
     embedding: Any  # [R, ...]
     root_value: jax.Array  # [B]
     depth: jax.Array | None  # [R] int32, where depth is limited
+    span: jax.Array | None  # [B, 2] least and greatest value of an edge, where a rule asks for it
     num_actions: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -123,6 +127,11 @@ class NodeView:
     def node_visits(self) -> jax.Array:
         return self._node.total[None]
 
+    @property
+    def value_range(self) -> jax.Array:
+        assert self._node.span is not None
+        return self._node.span[None]
+
 
 def safe_log(probs: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny))
@@ -153,9 +162,16 @@ def unpack(rows: jax.Array, num_actions: int) -> tuple[Node, jax.Array]:
 
 
 def plant(
-    prior: jax.Array, value: jax.Array, embedding: Any, num_nodes: int, limited: bool = False
+    prior: jax.Array,
+    value: jax.Array,
+    embedding: Any,
+    num_nodes: int,
+    limited: bool = False,
+    local: bool = True,
 ) -> Forest:
     """The roots, with room for `num_nodes` nodes under each, itself among them.
+
+    `limited`: in depth; `local`: rules see a node alone.
 
     Raises:
       ValueError: more edges than int32 can number.
@@ -172,7 +188,8 @@ def plant(
     empty = Forest(
         jnp.zeros((num_rows, root.shape[1]), jnp.int32),
         jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), embedding),
-        value, jnp.zeros(num_rows, jnp.int32) if limited else None, num_actions,
+        value, jnp.zeros(num_rows, jnp.int32) if limited else None,
+        None if local else jnp.tile(jnp.array([[jnp.inf, -jnp.inf]]), (batch, 1)), num_actions,
     )  # fmt: skip
     return store(empty, root, embedding, 0)
 
@@ -234,12 +251,14 @@ def backup(
     """Carries the raw values of new nodes up to the roots, which stay as they are.
 
     The new nodes are the rows from `first_row` on, one for each lane; lanes that are not `live` [L]
-    change nothing. -> the forest, and the returns at the roots [L].
+    change nothing. A forest with a span has a lane for each root. -> the forest, and the returns at
+    the roots [L].
     """
     batch, width = forest.batch, forest.width
+    Loop = tuple[jax.Array, jax.Array, jax.Array | None]
 
-    def level(loop: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        table, lanes = loop
+    def level(loop: Loop) -> Loop:
+        table, lanes, span = loop
         row, returned, live = lanes[:, 0], number(lanes[:, 1]), lanes[:, 2] > 0
         node, own = unpack(take(table, row), forest.num_actions)
         cells = table.reshape(-1, 4)
@@ -247,26 +266,32 @@ def backup(
         cell = take(cells, above)
         visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
         value = (before * cell[:, VISITS] + returned) / visits
-        target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
-        if forest.depth is not None:
-            # descent ends above a node that is as deep as allowed: its edge is taken once more
-            target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
         reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
-        cell = jnp.stack([visits, bits(reward + discount * value), bits(value), target], axis=-1)
+        qvalue = reward + discount * value
+        if span is not None:
+            wider = jnp.minimum(span[:, 0], qvalue), jnp.maximum(span[:, 1], qvalue)
+            span = jnp.where(live[:, None], jnp.stack(wider, axis=-1), span)
+            target = row
+        else:
+            target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
+            if forest.depth is not None:
+                # descent ends above a node that is as deep as allowed: its edge is taken once more
+                target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
+        cell = jnp.stack([visits, bits(qvalue), bits(value), target], axis=-1)
         # lanes that are done write beyond the end, which drops what they write
         index = jnp.where(live, above, cells.shape[0])
         cells = cells.at[index].set(cell, mode="drop", unique_indices=True)
         up = above // width
         moved = jnp.stack([up, bits(reward + discount * returned), jnp.int32(up >= batch)], axis=-1)
-        return cells.reshape(table.shape), jnp.where(live[:, None], moved, lanes)
+        return cells.reshape(table.shape), jnp.where(live[:, None], moved, lanes), span
 
     row = first_row + jnp.arange(live.shape[0])
     raw = take(forest.cells, (row + 1) * width - 1)[:, RAW]
     lanes = jnp.stack([row, raw, jnp.int32(live)], axis=-1)
-    table, lanes = jax.lax.while_loop(
-        lambda loop: jnp.any(loop[1][:, 2] > 0), level, (forest.table, lanes)
+    table, lanes, span = jax.lax.while_loop(
+        lambda loop: jnp.any(loop[1][:, 2] > 0), level, (forest.table, lanes, forest.span)
     )
-    return dataclasses.replace(forest, table=table), number(lanes[:, 1])
+    return dataclasses.replace(forest, table=table, span=span), number(lanes[:, 1])
 
 
 def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> jax.Array:
@@ -279,4 +304,5 @@ def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> j
 def roots(forest: Forest) -> Node:
     """The roots, B of them."""
     node, _ = unpack(forest.table[: forest.batch], forest.num_actions)
-    return node._replace(value=forest.root_value, total=1 + jnp.sum(node.visits, axis=-1))
+    total = 1 + jnp.sum(node.visits, axis=-1)
+    return node._replace(value=forest.root_value, total=total, span=forest.span)

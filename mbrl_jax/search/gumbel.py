@@ -66,6 +66,7 @@ def simulate(
     qtransform: QTransform,
     rounds: halving.Rounds,
     groups: list[halving.Group],
+    halve_once: bool,
     max_depth: int,
     loop_fn: LoopFn,
 ) -> Forest:
@@ -91,6 +92,13 @@ def simulate(
         forest, actions, first_row = wave
         width = group.width
         among, commit = candidates[root.considered, i], visits[root.considered, i]
+        if halve_once:
+            before = visits[root.considered, jnp.maximum(i - 1, 0)]
+            actions = jax.lax.cond(
+                jnp.any(commit < before),
+                lambda: ranked(forest, root, qtransform, actions),
+                lambda: actions,
+            )
 
         def evaluate(slot: jax.Array, forest: Forest) -> Forest:
             some = jax.lax.dynamic_slice_in_dim(actions, slot, width, axis=1)
@@ -139,6 +147,18 @@ def simulate(
     forest = wave.forest
     total = 1 + jnp.sum(forests.roots(forest).visits, axis=-1)
     return dataclasses.replace(forest, root_value=forest.root_value / total)
+
+
+def ranked(forest: Forest, root: Root, qtransform: QTransform, actions: jax.Array) -> jax.Array:
+    """The actions [B, slots] that are as often visited as the first, the best to the front."""
+    node = forests.roots(forest)
+    considered = forests.pick(node.visits, actions[:, 0])[:, None]
+    added = forests.transformed(qtransform, node)
+    score = considered_score(considered, root.gumbel, root.logits, added, node.visits)
+    best = jax.lax.top_k(
+        jnp.where(root.invalid, -jnp.inf, score), min(actions.shape[1], score.shape[1])
+    )[1]
+    return actions.at[:, : best.shape[1]].set(best)
 
 
 def replay(

@@ -41,15 +41,18 @@ def sizes(considered: int, num_simulations: int) -> list[int]:
     return found
 
 
-def schedule(most: int, num_simulations: int) -> Rounds:
-    """The rounds of every number of considered actions up to `most`."""
+def schedule(most: int, num_simulations: int, halve_once: bool = False) -> Rounds:
+    """The rounds of every number of considered actions up to `most`.
+
+    `halve_once`: a round visits all that it has, since the others were dropped before it.
+    """
     table = [sizes(n, num_simulations) for n in range(most + 1)]
     longest = max(map(len, table))
     visits = np.zeros((most + 1, longest), np.int32)
     candidates = np.zeros_like(visits)
     for n, row in enumerate(table):
         visits[n, : len(row)] = row
-        candidates[n, : len(row)] = [max(n, 1), *row[:-1]]
+        candidates[n, : len(row)] = row if halve_once else [max(n, 1), *row[:-1]]
     return Rounds(candidates, visits, np.array([len(row) for row in table], np.int32))
 
 
@@ -63,6 +66,7 @@ class Group(NamedTuple):
 
 
 LATENCY = 128  # lanes that take as long as the fixed cost of a batch
+WIDEST = 1024  # lanes of a batch where several actions share it; more cost memory and save nothing
 
 
 def plan(rounds: Rounds, considered: range, batch: int) -> list[Group]:
@@ -75,7 +79,8 @@ def plan(rounds: Rounds, considered: range, batch: int) -> list[Group]:
     candidates = rounds.candidates[rows, :length]
     visits = rounds.visits[rows, :length]
     need = candidates.max(axis=0)
-    widths = sorted({min(2**i, int(need.max())) for i in range(int(need.max()).bit_length() + 1)})
+    widest = min(max(WIDEST // batch, 1), int(need.max()))
+    widths = sorted({min(2**i, widest) for i in range(widest.bit_length() + 1)})
 
     def cheapest(first: int, end: int) -> tuple[int, int]:
         batches = [(int(np.sum(-(-need[first:end] // w))), w) for w in widths]

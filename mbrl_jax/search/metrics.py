@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.search.base import PolicyOutput, Tree
+from mbrl_jax.search.base import PolicyOutput
 from mbrl_jax.search.qtransforms import mixed_value
+from mbrl_jax.search.trees import node_depths
 
 
 def search_metrics(output: PolicyOutput) -> dict[str, jax.Array]:
@@ -36,17 +37,3 @@ def search_metrics(output: PolicyOutput) -> dict[str, jax.Array]:
         "visit_entropy": -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1),
         "policy_improvement": jnp.sum((output.action_weights - prior) * values, axis=-1),
     }
-
-
-def node_depths(tree: Tree) -> jax.Array:
-    """Edges between each node and its root, [B, N] int32."""
-
-    def twice(_: int, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        depth, above = found
-        of_above = jnp.take_along_axis(depth, jnp.maximum(above, 0), axis=1)
-        further = jnp.take_along_axis(above, jnp.maximum(above, 0), axis=1)
-        return depth + jnp.where(above >= 0, of_above, 0), jnp.where(above >= 0, further, -1)
-
-    start = (tree.parents >= 0).astype(jnp.int32), tree.parents
-    steps = max(tree.num_simulations, 1).bit_length()
-    return jax.lax.fori_loop(0, steps, twice, start)[0]

@@ -20,6 +20,7 @@ from mbrl_jax.search import halving, puct, trees
 from mbrl_jax.search.base import LoopFn, Params, PolicyOutput, QTransform, RecurrentFn, Tree, record
 from mbrl_jax.search.forest import Rule
 from mbrl_jax.search.qtransforms import (
+    is_local,
     qtransform_by_parent_and_siblings,
     qtransform_completed_by_mix_value,
 )
@@ -55,6 +56,7 @@ def muzero_policy(
     pb_c_init: Number = 1.25,
     pb_c_base: Number = 19652,
     temperature: Number = 1.0,
+    search_tree: Tree | None = None,
 ) -> PolicyOutput:
     """MuZero's search: PUCT from Dirichlet-noisy priors, actions by visits^(1 / temperature).
 
@@ -72,10 +74,14 @@ def muzero_policy(
         gets action 0. Below the root, logits of -1e9 do that.
       max_depth: edges from the root down to a leaf at most; a node as deep is evaluated again.
       loop_fn: runs the simulations.
-      qtransform: (tree, node index) -> values [A] in [0, 1]; must not look beyond the node.
+      qtransform: (tree, node index) -> values [A] in [0, 1]; must not look beyond the node, but for
+        `qtransform_by_tree_min_max`.
       dirichlet_fraction, dirichlet_alpha: of the noise in the roots' priors.
       pb_c_init, pb_c_base: c1 and c2 of PUCT.
       temperature: 0 takes the most visited action.
+      search_tree: of an earlier search as long, brought to this root by `advance`; its visits count
+        among the `num_simulations`, so that only the rest is searched. Priors, value and embedding
+        of the root come from `root`.
 
     Returns:
       Actions, shares of visits as weights, and trees.
@@ -92,7 +98,8 @@ def muzero_policy(
 
     tree = puct_search(
         params, search_key, masked(logits, invalid), root, recurrent_fn, rule,
-        (pb_c_init, pb_c_base), num_simulations, invalid, max_depth, loop_fn,
+        (pb_c_init, pb_c_base), is_local(qtransform), num_simulations, invalid, max_depth, loop_fn,
+        search_tree,
     )  # fmt: skip
     weights = tree.summary().visit_probs
     action = jax.random.categorical(rng_key, tempered(weights, temperature))
@@ -107,15 +114,25 @@ def puct_search(
     recurrent_fn: RecurrentFn,
     rule: Callable[[Constants], Rule],
     constants: Constants,
+    local: bool,
     num_simulations: int,
     invalid: jax.Array,
     max_depth: int | None,
     loop_fn: LoopFn,
+    before: Tree | None = None,
 ) -> Tree:
     """The trees of simulations one after the other, by a rule of some constants.
 
-    The roots' logits [B, A] are in place of their own; `constants` may be mapped by vmap.
+    The roots' logits [B, A] are in place of their own; `constants` may be mapped by vmap; `local`:
+    the rule sees a node alone.
     """
+    if before is not None:
+        expected = (logits.shape[0], num_simulations + 1, logits.shape[1])
+        if before.children_index.shape != expected:
+            raise ValueError(
+                f"search_tree of {before.children_index.shape} roots, nodes and actions: expected "
+                f"{expected}; a search goes on from one with as many simulations"
+            )
     ties_key, key = jax.random.split(key)
     lanes = {
         "logits": logits,
@@ -124,6 +141,7 @@ def puct_search(
         "invalid": invalid,
         "ties": 1.0 + TIE_NOISE * jax.random.uniform(ties_key, logits.shape),
         "constants": [jnp.broadcast_to(jnp.float32(c), logits.shape[:1]) for c in constants],
+        "before": before,
     }
 
     def search(model: Model, lanes: dict[str, Any]) -> Tree:
@@ -131,12 +149,15 @@ def puct_search(
         prior = jax.nn.softmax(lanes["logits"]) * lanes["ties"]
         forest = forests.plant(
             jnp.where(lanes["invalid"], -jnp.inf, prior), lanes["value"], lanes["embedding"],
-            num_simulations + 1, limit is not None,
+            num_simulations + 1, local and limit is not None, local,
         )  # fmt: skip
+        deepest, choice, kept = limit or num_simulations, rule(lanes["constants"]), None
+        if lanes["before"] is not None:
+            forest = trees.restore(forest, lanes["before"], choice, deepest)
+            kept = jnp.sum(lanes["before"].children_visits[:, 0], axis=-1)
         forest = puct.simulate(
-            forest, model, rule(lanes["constants"]), num_simulations, limit or 0, lanes["ties"],
-            loop_fn,
-        )  # fmt: skip
+            forest, model, choice, num_simulations, deepest, lanes["ties"], loop_fn, kept
+        )
         return trees.export(forest, num_simulations, lanes["logits"], lanes["invalid"])
 
     return over_seeds(search, recurrent_fn)(params, key, lanes)
@@ -162,6 +183,7 @@ def gumbel_muzero_policy(
     qtransform: QTransform = qtransform_completed_by_mix_value,
     max_num_considered_actions: int = 16,
     gumbel_scale: Number = 1.0,
+    halve_once: bool = False,
 ) -> PolicyOutput:
     """Gumbel MuZero's search: sequential halving at the root, the improved policy below.
 
@@ -175,6 +197,9 @@ def gumbel_muzero_policy(
       max_num_considered_actions: sampled without replacement at the root; more than there are
         actions means all of them.
       gumbel_scale: 0 for evaluation in games of perfect information.
+      halve_once: considered actions are dropped once in a phase, by their values at its start, as
+        in algorithm 2 of the paper; otherwise each visit chooses anew, as in mctx, which takes a
+        few more calls of the network.
 
     Returns:
       Actions, softmax(logits + completed Q) as weights, and trees.
@@ -187,13 +212,18 @@ def gumbel_muzero_policy(
         raise ValueError(
             f"max_num_considered_actions = {max_num_considered_actions}: expected 1 or more"
         )
+    if not is_local(qtransform):
+        raise ValueError(
+            "qtransform_by_tree_min_max: expected a transform that sees one node alone, such as "
+            "qtransform_completed_by_mix_value; the tree's is for muzero_policy"
+        )
     rng_key, gumbel_key = jax.random.split(rng_key)
     logits = jnp.asarray(root.prior_logits, jnp.float32)
     if invalid_actions is not None:
         logits = masked(logits, invalid)
     gumbel = gumbel_scale * jax.random.gumbel(gumbel_key, logits.shape)
     most = min(max_num_considered_actions, logits.shape[1])
-    rounds = halving.schedule(most, num_simulations)
+    rounds = halving.schedule(most, num_simulations, halve_once)
     among = range(most, most + 1) if invalid_actions is None else range(most + 1)
     lanes = {
         "logits": logits,
@@ -216,7 +246,7 @@ def gumbel_muzero_policy(
         )  # fmt: skip
         start = halved.Root(lanes["gumbel"], logits, invalid, considered)
         forest = halved.simulate(
-            forest, model, start, qtransform, rounds, groups, limit or 0, loop_fn
+            forest, model, start, qtransform, rounds, groups, halve_once, limit or 0, loop_fn
         )
         made = None
         if invalid_actions is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,24 +38,62 @@ def simulate(
     max_depth: int,
     ties: jax.Array,
     loop_fn: LoopFn,
+    kept: jax.Array | None = None,
 ) -> Forest:
-    """`num_simulations` of them from every root; `ties` [B, A] times the priors of its nodes."""
+    """Simulations from every root, until it has `num_simulations`.
+
+    `ties` [B, A] times the priors of its new nodes; `kept` [B] int32 visits it had before.
+    """
     batch = forest.batch
     every = jnp.ones(batch, bool)
     first_edges = jnp.arange(batch) * forest.width
+
+    def select(forest: Forest) -> jax.Array:
+        if forest.span is not None:
+            return descend(forest, rule, max_depth)
+        return forests.choose(forest.cells, rule, forests.roots(forest), first_edges)
 
     def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, target = loop
         rows, embedding = forests.expand(forest, model, i, target, ties)
         first_row = (i + 1) * batch
+        live = every if kept is None else i >= kept
+        if kept is not None:
+            # a node that was kept may have its place there
+            rows, embedding = jax.tree.map(
+                lambda new, x: jnp.where(
+                    live.reshape(-1, *[1] * (new.ndim - 1)),
+                    new, jax.lax.dynamic_slice_in_dim(x, first_row, batch),
+                ),
+                (rows, embedding), (forest.table, forest.embedding),
+            )  # fmt: skip
         forest = forests.store(forest, rows, embedding, first_row)
-        forest, returned = forests.backup(forest, first_row, every, rule, max_depth)
+        forest, returned = forests.backup(forest, first_row, live, rule, max_depth)
         visits = i + 1.0
         value = (forest.root_value * visits + returned) / (visits + 1.0)
-        forest = dataclasses.replace(forest, root_value=value)
-        target = forests.choose(forest.cells, rule, forests.roots(forest), first_edges)
-        return forest, target
+        forest = dataclasses.replace(forest, root_value=jnp.where(live, value, forest.root_value))
+        return forest, select(forest)
 
-    target = forests.choose(forest.cells, rule, forests.roots(forest), first_edges)
-    forest, _ = loop_fn(0, num_simulations, simulation, (forest, target))
+    first = 0 if kept is None else jnp.min(kept)
+    forest, _ = loop_fn(first, num_simulations, simulation, (forest, select(forest)))
     return forest
+
+
+def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
+    """The edge at which greedy descent from each root ends, [B] int32, in a forest with a span."""
+
+    def level(loop: Any) -> Any:
+        depth, row, value, target, going = loop
+        node, _ = forests.unpack(forests.take(forest.table, row), forest.num_actions)
+        total = 1 + jnp.sum(node.visits, axis=-1)
+        scores = rule(node._replace(value=value, total=total, span=forest.span))
+        edge = row * forest.width + jnp.argmax(scores, axis=-1)
+        cell = forests.take(forest.cells, edge)
+        target = jnp.where(going, edge, target)
+        going = going & (cell[:, forests.VISITS] > 0) & (depth + 1 < max_depth)
+        row = jnp.where(going, cell[:, forests.TARGET], row)
+        return depth + 1, row, forests.number(cell[:, forests.VALUE]), target, going
+
+    row = jnp.arange(forest.batch, dtype=jnp.int32)
+    start = jnp.int32(0), row, forest.root_value, row, jnp.ones(forest.batch, bool)
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[-1]), level, start)[3]

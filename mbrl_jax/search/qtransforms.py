@@ -1,12 +1,13 @@
 """How values enter the scores of actions: completed, and brought to a common scale.
 
-Each has the form (tree, node index, options) -> [A] and sees nothing but the node itself, which is
-what allows a search to keep each node's choice instead of making it anew (`forest.py`). A function
-of one's own, or mctx's, that keeps to that works as well.
+Each has the form (tree, node index, options) -> [A]. All but `qtransform_by_tree_min_max` see
+nothing but the node itself, which is what allows a search to keep each node's choice instead of
+making it anew (`forest.py`). A function of one's own, or mctx's, that keeps to that works as well.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -38,6 +39,24 @@ def qtransform_by_parent_and_siblings(
     high = jnp.maximum(own, jnp.max(known, axis=-1))
     completed = jnp.where(visited, qvalues, low)
     return (completed - low) / jnp.maximum(high - low, epsilon)
+
+
+def qtransform_by_tree_min_max(tree: Any, node_index: Any, *, epsilon: Number = 1e-8) -> jax.Array:
+    """Values brought to [0, 1] by the least and greatest that its tree has seen so far, [A].
+
+    Actions not visited get 0. Schrittwieser et al. (2020), equation 5. For PUCT alone, whose
+    descent is then a loop, since any new value may change the choice of any node.
+    """
+    low, high = jnp.moveaxis(tree.value_range[node_index], -1, 0)
+    scaled = (tree.qvalues(node_index) - low) / jnp.maximum(high - low, epsilon)
+    return jnp.where(tree.children_visits[node_index] > 0, scaled, 0.0)
+
+
+def is_local(qtransform: Any) -> bool:
+    """Whether a node's values depend on the node alone."""
+    while isinstance(qtransform, functools.partial):
+        qtransform = qtransform.func
+    return qtransform is not qtransform_by_tree_min_max
 
 
 def qtransform_completed_by_mix_value(

@@ -27,7 +27,7 @@ from mbrl_jax.search.base import (
 )
 from mbrl_jax.search.forest import Node, Rule
 from mbrl_jax.search.policies import Constants, Number, check, masked, noisy, puct_search, tempered
-from mbrl_jax.search.qtransforms import qtransform_by_parent_and_siblings
+from mbrl_jax.search.qtransforms import is_local, qtransform_by_parent_and_siblings
 
 
 @record
@@ -140,7 +140,7 @@ def stochastic_muzero_policy(
     wide_root = RootFnOutput(prior_logits=root.prior_logits, value=root.value, embedding=wide)
     tree = puct_search(
         params, search_key, jnp.concatenate([masked(logits, invalid), none], axis=-1),
-        wide_root, step, rule, (pb_c_init, pb_c_base), num_simulations,
+        wide_root, step, rule, (pb_c_init, pb_c_base), is_local(qtransform), num_simulations,
         jnp.pad(invalid, ((0, 0), (0, num_outcomes))), max_depth, loop_fn,
     )  # fmt: skip
     tree = _of_actions(tree, num_actions)

@@ -1,7 +1,8 @@
-"""A finished search as the `Tree` that its users inspect."""
+"""A finished search as the `Tree` that its users inspect, and from which another may go on."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from mbrl_jax.search import forest as forests
 from mbrl_jax.search.base import Tree
-from mbrl_jax.search.forest import Forest
+from mbrl_jax.search.forest import Forest, Node, Rule
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
     if made is not None:
         parent = jnp.take_along_axis(jnp.argsort(order, axis=1), parent, axis=1)
     root = (jnp.arange(num_nodes) == 0)[None]
-    known = ~root
+    known = ~root & (edge >= 0)
     if made is not None:
         known = known & jnp.take_along_axis(made, order, axis=1)[:, :num_nodes]
     lane = jnp.arange(batch)[:, None]
@@ -85,3 +86,153 @@ def export(
         root_invalid_actions=invalid,
         extra_data=extra_data,
     )
+
+
+def node_depths(tree: Tree) -> jax.Array:
+    """Edges between each node and its root, [B, N] int32."""
+
+    def twice(_: int, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        depth, above = found
+        of_above = jnp.take_along_axis(depth, jnp.maximum(above, 0), axis=1)
+        further = jnp.take_along_axis(above, jnp.maximum(above, 0), axis=1)
+        return depth + jnp.where(above >= 0, of_above, 0), jnp.where(above >= 0, further, -1)
+
+    start = (tree.parents >= 0).astype(jnp.int32), tree.parents
+    return jax.lax.fori_loop(0, _doublings(tree), twice, start)[0]
+
+
+def advance(tree: Tree, action: jax.Array) -> Tree:
+    """The trees below an action of their roots, to go on from (`muzero_policy(search_tree=...)`).
+
+    All that was learnt below the action stays: nodes, visits and values, under new numbers. Right
+    for a model that is known; with a learned one the nodes below were imagined from the old root.
+
+    Args:
+      tree: of a finished search.
+      action: [B] int32 taken at the roots. A negative one gives an empty tree, for an episode that
+        begins anew; so does one that was never visited.
+
+    Returns:
+      Trees with room for as many nodes, whose root is the action's child.
+
+    Raises:
+      ValueError: actions whose shape does not agree.
+    """
+    batch, num_nodes = tree.parents.shape
+    if jnp.shape(action) != (batch,):
+        raise ValueError(f"action of shape {jnp.shape(action)}: expected {(batch,)}, as the tree")
+    number = jnp.arange(num_nodes, dtype=jnp.int32)[None]
+
+    def twice(_: int, top: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(top, top, axis=1)
+
+    # the child of the root above each node
+    top = jnp.where(tree.parents > 0, tree.parents, number)
+    top = jax.lax.fori_loop(0, _doublings(tree), twice, top)
+    chosen = jnp.maximum(action, 0)[:, None]
+    child = jnp.take_along_axis(tree.children_index[:, 0], chosen, axis=1)
+    child = jnp.where(action[:, None] >= 0, child, Tree.UNVISITED)
+    inside = (top == child) & (tree.parents >= 0)
+    order = jnp.argsort(~inside, axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1).astype(jnp.int32)
+    here = jnp.take_along_axis(inside, order, axis=1)
+
+    def moved(x: jax.Array, empty: float = 0) -> jax.Array:
+        """x [B, N, ...] of the nodes that stay, at their new numbers."""
+        wide = (batch, num_nodes, *[1] * (x.ndim - 2))
+        x = jnp.take_along_axis(x, order.reshape(wide), axis=1)
+        return jnp.where(here.reshape(wide), x, jnp.asarray(empty, x.dtype))
+
+    def renumbered(x: jax.Array) -> jax.Array:
+        flat = jnp.maximum(x, 0).reshape(batch, -1)
+        return jnp.where(x >= 0, jnp.take_along_axis(rank, flat, axis=1).reshape(x.shape), x)
+
+    root = (number == 0) & here
+    return Tree(
+        node_visits=moved(tree.node_visits),
+        raw_values=moved(tree.raw_values),
+        node_values=moved(tree.node_values),
+        parents=jnp.where(root, Tree.NO_PARENT, moved(renumbered(tree.parents), Tree.NO_PARENT)),
+        action_from_parent=jnp.where(
+            root, Tree.NO_PARENT, moved(tree.action_from_parent, Tree.NO_PARENT)
+        ),
+        children_index=moved(renumbered(tree.children_index), Tree.UNVISITED),
+        children_prior_logits=moved(tree.children_prior_logits),
+        children_visits=moved(tree.children_visits),
+        children_rewards=moved(tree.children_rewards),
+        children_discounts=moved(tree.children_discounts),
+        children_values=moved(tree.children_values),
+        embeddings=jax.tree.map(moved, tree.embeddings),
+        root_invalid_actions=jnp.zeros_like(tree.root_invalid_actions),
+        extra_data=None,
+    )
+
+
+def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
+    """A forest of new roots, `empty` but for them, with the nodes that `tree` has below its own."""
+    batch, num_nodes, num_actions = tree.children_index.shape
+    width = empty.width
+    child = jnp.moveaxis(tree.children_index, 0, 1)  # [N, B, A]
+    visits, rewards, discounts, values = (
+        jnp.moveaxis(x, 0, 1)
+        for x in (tree.children_visits, tree.children_rewards, tree.children_discounts,
+                  tree.children_values)
+    )  # fmt: skip
+    qvalues = jnp.where(visits > 0, rewards + discounts * values, 0.0)
+    below = (tree.parents >= 0).T  # [N, B]
+    parent, action = jnp.maximum(tree.parents.T, 0), jnp.maximum(tree.action_from_parent.T, 0)
+    lane, number = jnp.arange(batch)[None], jnp.arange(num_nodes)[:, None]
+    above = (parent * batch + lane) * width + action
+    total = 1 + jnp.sum(visits[0], axis=-1)
+    root_value = (empty.root_value + jnp.sum(visits[0] * qvalues[0], axis=-1)) / total
+    prior = jnp.exp(jnp.moveaxis(tree.children_prior_logits, 0, 1))
+    node = Node(prior, visits, qvalues, tree.raw_values.T, tree.node_values.T, tree.node_visits.T)
+
+    span, depth = None, node_depths(tree).T
+    if empty.span is not None:
+        seen = jnp.where(visits > 0, qvalues, jnp.inf), jnp.where(visits > 0, qvalues, -jnp.inf)
+        span = jnp.stack([seen[0].min(axis=(0, 2)), seen[1].max(axis=(0, 2))], axis=-1)
+        target = child * batch + lane[..., None]
+    else:
+        best = jnp.argmax(jax.vmap(rule)(node), axis=-1)
+        further = jnp.take_along_axis(child, best[..., None], axis=-1)[..., 0]
+        ends = (number * batch + lane) * width + best
+        if empty.depth is not None:
+            ends = jnp.where(depth >= max_depth, above, ends)
+            further = jnp.where(depth >= max_depth, -1, further)
+
+        def twice(_: int, found: jax.Array) -> jax.Array:
+            return found[found, lane]
+
+        last = jnp.where(further >= 0, further, number)
+        last = jax.lax.fori_loop(0, _doublings(tree), twice, last)
+        target = ends[last, lane][jnp.maximum(child, 0), lane[..., None]]
+
+    def rows(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    def under_roots(x: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.concatenate([own[:batch], rows(x)[batch:]])
+
+    known = forests.record(
+        rows(prior), rows(tree.raw_values.T), rows(rewards[parent, lane, action]),
+        rows(discounts[parent, lane, action]), rows(jnp.where(below, above, -1)),
+    )  # fmt: skip
+    known = jnp.concatenate([empty.table[:batch], known[batch:]])
+    target = jnp.where(visits > 0, target, 0)
+    edges = jnp.stack([visits, forests.bits(qvalues), forests.bits(values), target], axis=-1)
+    edges = edges.reshape(-1, 4 * num_actions)
+    embeddings = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree.embeddings)
+    return dataclasses.replace(
+        empty,
+        table=jnp.concatenate([edges, known[:, 4 * num_actions :]], axis=-1),
+        embedding=jax.tree.map(under_roots, embeddings, empty.embedding),
+        root_value=root_value,
+        depth=None if empty.depth is None else rows(depth),
+        span=span,
+    )
+
+
+def _doublings(tree: Tree) -> int:
+    """Steps in which pointers that double reach from any node to its root."""
+    return max(tree.num_simulations, 1).bit_length()
