@@ -83,17 +83,17 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
     """The edge at which greedy descent from each root ends, [B] int32, in a forest with a span."""
 
     def level(loop: Any) -> Any:
-        depth, row, value, target, going = loop
+        depth, row, value, total, target, going = loop
         node, _ = forests.unpack(forests.take(forest.table, row), forest.num_actions)
-        total = 1 + jnp.sum(node.visits, axis=-1)
         scores = rule(node._replace(value=value, total=total, span=forest.span))
         edge = row * forest.width + jnp.argmax(scores, axis=-1)
         cell = forests.take(forest.cells, edge)
         target = jnp.where(going, edge, target)
         going = going & (cell[:, forests.VISITS] > 0) & (depth + 1 < max_depth)
         row = jnp.where(going, cell[:, forests.TARGET], row)
-        return depth + 1, row, forests.number(cell[:, forests.VALUE]), target, going
+        value, total = forests.number(cell[:, forests.VALUE]), cell[:, forests.VISITS]
+        return depth + 1, row, value, total, target, going
 
-    row = jnp.arange(forest.batch, dtype=jnp.int32)
-    start = jnp.int32(0), row, forest.root_value, row, jnp.ones(forest.batch, bool)
-    return jax.lax.while_loop(lambda loop: jnp.any(loop[-1]), level, start)[3]
+    row, root = jnp.arange(forest.batch, dtype=jnp.int32), forests.roots(forest)
+    start = jnp.int32(0), row, root.value, root.total, row, jnp.ones(forest.batch, bool)
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[-1]), level, start)[4]
