@@ -18,12 +18,17 @@ from mbrl_jax.search import policies
 CASES = [
     # simulations, actions, considered, discount, scale, masked, depth
     (1, 1, 16, 0.9, 1.0, False, None),
-    (16, 4, 16, 0.9, 1.0, False, None),
     (50, 18, 16, 1.0, 1.0, False, None),
-    (37, 7, 5, -1.0, 1e3, False, None),
     (32, 9, 16, 0.9, 1e-3, True, None),
     (24, 5, 3, 0.9, 1.0, True, 2),
-    (20, 6, 6, 0.0, 1.0, False, 1),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            (16, 4, 16, 0.9, 1.0, False, None),
+            (37, 7, 5, -1.0, 1e3, False, None),
+            (20, 6, 6, 0.0, 1.0, False, 1),
+        )
+    ),
 ]
 
 
@@ -358,10 +363,11 @@ def test_row_without_valid_actions_takes_action_zero():
     params = world(0, 4, 0.9, 1.0)
     invalid = np.zeros((3, 4), bool)
     invalid[1] = True
+    nothing = np.zeros((3, 4), bool)
     for policy in ("gumbel_muzero_policy", "muzero_policy"):
-        out = run(search, policy, params, 3, 12, invalid)
+        made = searcher(search, policy, 3, 12)
+        out, free = made(params, invalid), made(params, nothing)
         assert int(out.action[1]) == 0
-        free = run(search, policy, params, 3, 12)
         np.testing.assert_array_equal(out.search_tree.children_visits[::2, 0],
                                       free.search_tree.children_visits[::2, 0])  # fmt: skip
 

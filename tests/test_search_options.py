@@ -20,7 +20,11 @@ def reference_root(params, logits, i):
 
 @pytest.mark.parametrize(
     ("num", "actions", "scale", "masked", "depth"),
-    [(50, 6, 1.0, False, None), (40, 9, 1e3, True, None), (30, 4, 1e-3, False, 3)],
+    [
+        pytest.param(50, 6, 1.0, False, None, marks=pytest.mark.slow),
+        (40, 9, 1e3, True, None),
+        pytest.param(30, 4, 1e-3, False, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_puct_by_the_range_of_the_tree_visits_as_the_reference_does(
     num, actions, scale, masked, depth
@@ -47,7 +51,12 @@ def test_gumbel_refuses_the_range_of_the_tree():
 
 @pytest.mark.parametrize(
     ("num", "actions", "most", "masked"),
-    [(50, 18, 16, False), (37, 7, 5, False), (100, 20, 16, True), (16, 4, 1, False)],
+    [
+        (50, 18, 16, False),
+        pytest.param(37, 7, 5, False, marks=pytest.mark.slow),
+        (100, 20, 16, True),
+        pytest.param(16, 4, 1, False, marks=pytest.mark.slow),
+    ],
 )
 def test_halving_once_visits_as_algorithm_2_does(num, actions, most, masked):
     params, batch = world(num, actions, 0.9, 1.0), 6
@@ -82,8 +91,15 @@ def go_on(params, tree, actions, num, **options):
     return advanced(params, jax.random.key(9), tree, jnp.asarray(actions))
 
 
-@pytest.mark.parametrize("tree_range", [False, True])
-@pytest.mark.parametrize("depth", [None, 3])
+@pytest.mark.parametrize(
+    ("depth", "tree_range"),
+    [
+        (None, False),
+        (3, True),
+        pytest.param(3, False, marks=pytest.mark.slow),
+        pytest.param(None, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_search_that_goes_on_visits_as_the_reference_does(depth, tree_range):
     """From the most visited actions, from one not visited, and from nothing."""
     params, batch, num, actions = world(7, 5, 0.9, 1.0), 6, 60, 5

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.search.base import QTransform
+from mbrl_jax.search.qtransforms import takes_lanes
 from mbrl_jax.search.seeds import Model
 
 VISITS, QVALUE, VALUE, TARGET = range(4)
@@ -32,19 +33,19 @@ RAW, REWARD, DISCOUNT, PARENT = range(4)
 
 
 class Node(NamedTuple):
-    """What a rule of selection may see; L nodes."""
+    """What a rule of selection may see; L nodes, the last axis, along which a CPU sums fast."""
 
-    prior: jax.Array  # [L, A] probabilities, -inf where an action is not allowed
-    visits: jax.Array  # [L, A] int32
-    qvalues: jax.Array  # [L, A], 0 where not visited
+    prior: jax.Array  # [A, L] probabilities, -inf where an action is not allowed
+    visits: jax.Array  # [A, L] int32
+    qvalues: jax.Array  # [A, L], 0 where not visited
     raw: jax.Array  # [L]
     value: jax.Array  # [L]
     total: jax.Array  # [L] int32 visits of the node, its own evaluation among them
-    span: jax.Array | None = None  # [L, 2] least and greatest value in its tree, if that is kept
+    span: jax.Array | None = None  # [2, L] least and greatest value in its tree, if that is kept
 
 
 Rule = Callable[[Node], jax.Array]
-"""Scores [L, A] of the actions of L nodes; the greatest is taken, the first among equals."""
+"""Scores [A, L] of the actions of L nodes; the greatest is taken, the first among equals."""
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ class Forest:
     embedding: Any  # [R, ...]
     root_value: jax.Array  # [B]
     depth: jax.Array | None  # [R] int32, where depth is limited
-    span: jax.Array | None  # [B, 2] least and greatest value of an edge, where a rule asks for it
+    span: jax.Array | None  # [2, B] least and greatest value of an edge, where a rule asks for it
     num_actions: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -90,8 +91,8 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def pick(x: jax.Array, action: jax.Array) -> jax.Array:
-    """x [L, A] at actions [L]."""
-    return jnp.take_along_axis(x, action[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
+    """x [A, L] at actions [L], as [1, L]."""
+    return jnp.take_along_axis(x, action[None], axis=0, mode="promise_in_bounds")
 
 
 class NodeView:
@@ -138,8 +139,10 @@ def safe_log(probs: jax.Array) -> jax.Array:
 
 
 def transformed(qtransform: QTransform, node: Node) -> jax.Array:
-    """The transform of every node, [L, A]."""
-    return jax.vmap(lambda one: qtransform(NodeView(one), 0))(node)
+    """The transform of every node, [A, L]."""
+    if takes_lanes(qtransform):
+        return qtransform(NodeView(node), 0)
+    return jax.vmap(lambda one: qtransform(NodeView(one), 0), in_axes=-1, out_axes=-1)(node)
 
 
 def record(
@@ -155,10 +158,11 @@ def record(
 
 def unpack(rows: jax.Array, num_actions: int) -> tuple[Node, jax.Array]:
     """Rows [L, 4 W] -> nodes with their raw values and no visits of their own; their cells."""
-    edges = rows[:, : 4 * num_actions].reshape(-1, num_actions, 4)
-    prior, cell = number(rows[:, 4 * num_actions : 5 * num_actions]), rows[:, -4:]
+    columns, cell = rows.T, rows[:, -4:]
+    edges = columns[: 4 * num_actions].reshape(num_actions, 4, -1)
+    prior = number(columns[4 * num_actions : 5 * num_actions])
     raw, zero = number(cell[:, RAW]), jnp.zeros(rows.shape[0], jnp.int32)
-    return Node(prior, edges[..., VISITS], number(edges[..., QVALUE]), raw, raw, zero), cell
+    return Node(prior, edges[:, VISITS], number(edges[:, QVALUE]), raw, raw, zero), cell
 
 
 def plant(
@@ -189,7 +193,7 @@ def plant(
         jnp.zeros((num_rows, root.shape[1]), jnp.int32),
         jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), embedding),
         value, jnp.zeros(num_rows, jnp.int32) if limited else None,
-        None if local else jnp.tile(jnp.array([[jnp.inf, -jnp.inf]]), (batch, 1)), num_actions,
+        None if local else jnp.tile(jnp.array([[jnp.inf], [-jnp.inf]]), (1, batch)), num_actions,
     )  # fmt: skip
     return store(empty, root, embedding, 0)
 
@@ -269,8 +273,8 @@ def backup(
         reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
         qvalue = reward + discount * value
         if span is not None:
-            wider = jnp.minimum(span[:, 0], qvalue), jnp.maximum(span[:, 1], qvalue)
-            span = jnp.where(live[:, None], jnp.stack(wider, axis=-1), span)
+            wider = jnp.minimum(span[0], qvalue), jnp.maximum(span[1], qvalue)
+            span = jnp.where(live[None], jnp.stack(wider), span)
             target = row
         else:
             target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
@@ -296,13 +300,23 @@ def backup(
 
 def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> jax.Array:
     """The edge at which greedy descent from each node ends, [L] int32."""
-    own = first_edge + jnp.argmax(rule(node), axis=-1)
+    own = first_edge + best(rule(node))
     cell = take(cells, own)
     return jnp.where(cell[:, VISITS] > 0, cell[:, TARGET], own)
+
+
+def best(scores: jax.Array) -> jax.Array:
+    """The first of the best of scores [A, L], [L] int32; the last action where one is NaN.
+
+    A maximum and a minimum: XLA's argmax takes longer on a CPU.
+    """
+    own = jnp.arange(scores.shape[0], dtype=jnp.int32)[:, None]
+    top = scores == jnp.max(scores, axis=0, keepdims=True)
+    return jnp.min(jnp.where(top, own, scores.shape[0] - 1), axis=0)
 
 
 def roots(forest: Forest) -> Node:
     """The roots, B of them."""
     node, _ = unpack(forest.table[: forest.batch], forest.num_actions)
-    total = 1 + jnp.sum(node.visits, axis=-1)
+    total = 1 + jnp.sum(node.visits, axis=0)
     return node._replace(value=forest.root_value, total=total, span=forest.span)

@@ -21,35 +21,37 @@ LOW = -1e9  # a considered action is visited even if nothing speaks for it
 
 
 def improved_policy(qtransform: QTransform) -> Rule:
-    """pi'(a) - n(a) / (1 + sum of n), [L, A], with pi' = softmax(log prior + completed values).
+    """pi'(a) - n(a) / (1 + sum of n), [A, L], with pi' = softmax(log prior + completed values).
 
     Section 5 of the paper.
     """
 
     def rule(node: Node) -> jax.Array:
         added = forests.transformed(qtransform, node)
-        weights = node.prior * jnp.exp(added - jnp.max(added, axis=-1, keepdims=True))
-        policy = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return policy - node.visits / node.total[:, None]
+        weights = node.prior * jnp.exp(added - jnp.max(added, axis=0, keepdims=True))
+        policy = weights / jnp.sum(weights, axis=0, keepdims=True)
+        return policy - node.visits / node.total[None]
 
     return rule
 
 
 def considered_score(
-    considered: jax.Array, gumbel: jax.Array, logits: jax.Array, added: jax.Array, visits: jax.Array
+    considered: jax.Array, noisy: jax.Array, added: jax.Array, visits: jax.Array
 ) -> jax.Array:
-    """gumbel + logits + values [B, A] of the actions with `considered` [B, 1] visits, else -inf."""
-    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    score = jnp.maximum(LOW, gumbel + logits + added)
-    return jnp.where(visits == considered, score, -jnp.inf)
+    """noisy + values [A, B] of the actions with `considered` [1, B] visits, else -inf."""
+    return jnp.where(visits == considered, jnp.maximum(LOW, noisy + added), -jnp.inf)
+
+
+def noisy(gumbel: jax.Array, logits: jax.Array) -> jax.Array:
+    """gumbel + logits, the greatest logit 0, of both [B, A], as [A, B]."""
+    return (gumbel + (logits - jnp.max(logits, axis=-1, keepdims=True))).T
 
 
 class Root(NamedTuple):
     """What the root's choice needs."""
 
-    gumbel: jax.Array  # [B, A]
-    logits: jax.Array  # [B, A], masked
-    invalid: jax.Array  # [B, A] bool
+    noisy: jax.Array  # [A, B], see `noisy`
+    invalid: jax.Array  # [A, B] bool
     considered: jax.Array  # [B] int32 how many actions are
 
 
@@ -74,10 +76,10 @@ def simulate(
     batch = forest.batch
     rule = improved_policy(qtransform)
     candidates, visits = jnp.asarray(rounds.candidates), jnp.asarray(rounds.visits)
-    zero = jnp.zeros(root.logits.shape)
-    start = considered_score(zero[:, :1], root.gumbel, root.logits, zero, zero)
+    zero = jnp.zeros(root.noisy.shape)
+    start = considered_score(zero[:1], root.noisy, zero, zero)
     most = int(rounds.candidates.max())
-    actions = jax.lax.top_k(jnp.where(root.invalid, -jnp.inf, start), most)[1]
+    actions = jax.lax.top_k(jnp.where(root.invalid, -jnp.inf, start).T, most)[1]
     # dead lanes fill up the last batch of a round
     slots = max(-(-most // group.width) * group.width for group in groups)
     actions = jnp.pad(actions, ((0, 0), (0, slots - most)))
@@ -145,19 +147,18 @@ def simulate(
             group.first, end, lambda i, wave, group=group: one_round(i, wave, group), wave
         )
     forest = wave.forest
-    total = 1 + jnp.sum(forests.roots(forest).visits, axis=-1)
+    total = forests.roots(forest).total
     return dataclasses.replace(forest, root_value=forest.root_value / total)
 
 
 def ranked(forest: Forest, root: Root, qtransform: QTransform, actions: jax.Array) -> jax.Array:
     """The actions [B, slots] that are as often visited as the first, the best to the front."""
     node = forests.roots(forest)
-    considered = forests.pick(node.visits, actions[:, 0])[:, None]
     added = forests.transformed(qtransform, node)
-    score = considered_score(considered, root.gumbel, root.logits, added, node.visits)
-    best = jax.lax.top_k(
-        jnp.where(root.invalid, -jnp.inf, score), min(actions.shape[1], score.shape[1])
-    )[1]
+    considered = forests.pick(node.visits, actions[:, 0])
+    score = considered_score(considered, root.noisy, added, node.visits)
+    score = jnp.where(root.invalid, -jnp.inf, score).T
+    best = jax.lax.top_k(score, min(actions.shape[1], score.shape[1]))[1]
     return actions.at[:, : best.shape[1]].set(best)
 
 
@@ -178,24 +179,24 @@ def replay(
     node = forests.roots(forest)
     row = first_row + jnp.arange(slots)[:, None] * batch + jnp.arange(batch)[None]
     after = values_after(forest, row.reshape(-1)).reshape(slots, batch).T
-    every, slot = jnp.arange(root.logits.shape[1])[None], jnp.arange(slots)[None]
-    # the value of each action after its visit, [B, A]
-    candidate = (actions[..., None] == every[None]) & (slot < among[:, None])[..., None]
-    fresh = jnp.sum(jnp.where(candidate, after[..., None], 0.0), axis=1)
-    considered = forests.pick(node.visits, actions[:, 0])[:, None]
+    every, slot = jnp.arange(root.noisy.shape[0])[:, None], jnp.arange(slots)[None]
+    # the value of each action after its visit, [A, B]
+    candidate = (actions[None] == every[..., None]) & (slot < among[:, None])[None]
+    fresh = jnp.sum(jnp.where(candidate, after[None], 0.0), axis=-1)
+    considered = forests.pick(node.visits, actions[:, 0])
 
     def choose(i: jax.Array, loop: tuple[Node, jax.Array]) -> tuple[Node, jax.Array]:
         node, order = loop
         added = forests.transformed(qtransform, node)
-        score = considered_score(considered, root.gumbel, root.logits, added, node.visits)
-        action = jnp.argmax(jnp.where(root.invalid, -jnp.inf, score), axis=-1)[:, None]
-        taken = (action == every) & (i < commit)[:, None]
+        score = considered_score(considered, root.noisy, added, node.visits)
+        action = forests.best(jnp.where(root.invalid, -jnp.inf, score))
+        taken = (action[None] == every) & (i < commit)[None]
         node = node._replace(
             visits=node.visits + taken,
             qvalues=jnp.where(taken, fresh, node.qvalues),
             total=node.total + (i < commit),
         )
-        return node, jnp.where(slot == i, action, order)
+        return node, jnp.where(slot == i, action[:, None], order)
 
     return jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]
 

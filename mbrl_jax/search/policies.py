@@ -233,7 +233,7 @@ def gumbel_muzero_policy(
         "gumbel": gumbel,
     }
 
-    def search(model: Model, lanes: dict[str, Any]) -> Tree:
+    def search(model: Model, lanes: dict[str, Any]) -> tuple[Tree, jax.Array]:
         logits, invalid = lanes["logits"], lanes["invalid"]
         considered = jnp.full(logits.shape[0], most)
         if invalid_actions is not None:
@@ -244,7 +244,7 @@ def gumbel_muzero_policy(
             jax.nn.softmax(logits), lanes["value"], lanes["embedding"],
             halving.peak(rounds, among, groups), limit is not None,
         )  # fmt: skip
-        start = halved.Root(lanes["gumbel"], logits, invalid, considered)
+        start = halved.Root(halved.noisy(lanes["gumbel"], logits), invalid.T, considered)
         forest = halved.simulate(
             forest, model, start, qtransform, rounds, groups, halve_once, limit or 0, loop_fn
         )
@@ -252,14 +252,15 @@ def gumbel_muzero_policy(
         if invalid_actions is not None:
             made = halved.made(rounds, considered, forest.table.shape[0] // forest.batch)
         extra = GumbelMuZeroExtraData(root_gumbel=lanes["gumbel"])
-        return trees.export(forest, num_simulations, logits, invalid, extra, made)
+        # of the forest, since a tree's values would be made for all of its nodes
+        added = forests.transformed(qtransform, forests.roots(forest)).T
+        return trees.export(forest, num_simulations, logits, invalid, extra, made), added
 
-    tree = over_seeds(search, recurrent_fn)(params, rng_key, lanes)
+    tree, added = over_seeds(search, recurrent_fn)(params, rng_key, lanes)
     visits = tree.children_visits[:, 0]
-    added = jax.vmap(qtransform, in_axes=(0, None))(tree, Tree.ROOT_INDEX)
-    top = jnp.max(visits, axis=-1, keepdims=True)
-    score = halved.considered_score(top, gumbel, logits, added, visits)
-    action = jnp.argmax(jnp.where(invalid, -jnp.inf, score), axis=-1)
+    top = jnp.max(visits, axis=-1)[None]
+    score = halved.considered_score(top, halved.noisy(gumbel, logits), added.T, visits.T)
+    action = jnp.argmax(jnp.where(invalid.T, -jnp.inf, score), axis=0)
     weights = jax.nn.softmax(masked(logits + added, invalid))
     return PolicyOutput(action=action, action_weights=weights, search_tree=tree)
 

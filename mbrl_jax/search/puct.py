@@ -17,14 +17,14 @@ from mbrl_jax.search.seeds import Model
 def puct(
     qtransform: QTransform, pb_c_init: jax.Array | float, pb_c_base: jax.Array | float
 ) -> Rule:
-    """The transformed value and the prior's bonus, [L, A].
+    """The transformed value and the prior's bonus, [A, L].
 
     sqrt(N) (c1 + log((N + c2 + 1) / c2)) p / (n + 1), where N counts the node's own evaluation.
     """
 
     def rule(node: Node) -> jax.Array:
         factor = pb_c_init + jnp.log((node.total + pb_c_base + 1.0) / pb_c_base)
-        bonus = (jnp.sqrt(node.total) * factor)[:, None] * node.prior / (node.visits + 1)
+        bonus = (jnp.sqrt(node.total) * factor)[None] * node.prior / (node.visits + 1)
         return forests.transformed(qtransform, node) + bonus
 
     return rule
@@ -86,7 +86,7 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
         depth, row, value, total, target, going = loop
         node, _ = forests.unpack(forests.take(forest.table, row), forest.num_actions)
         scores = rule(node._replace(value=value, total=total, span=forest.span))
-        edge = row * forest.width + jnp.argmax(scores, axis=-1)
+        edge = row * forest.width + forests.best(scores)
         cell = forests.take(forest.cells, edge)
         target = jnp.where(going, edge, target)
         going = going & (cell[:, forests.VISITS] > 0) & (depth + 1 < max_depth)

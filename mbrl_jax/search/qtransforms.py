@@ -32,11 +32,11 @@ def qtransform_by_parent_and_siblings(
 
     Actions not visited get 0. Schrittwieser et al. (2020), appendix B, kept to one node.
     """
-    visited, own = tree.children_visits[node_index] > 0, tree.node_values[node_index]
+    visited, own = tree.children_visits[node_index] > 0, tree.node_values[node_index][None]
     qvalues = tree.qvalues(node_index)
     known = jnp.where(visited, qvalues, own)
-    low = jnp.minimum(own, jnp.min(known, axis=-1))
-    high = jnp.maximum(own, jnp.max(known, axis=-1))
+    low = jnp.minimum(own, jnp.min(known, axis=0, keepdims=True))
+    high = jnp.maximum(own, jnp.max(known, axis=0, keepdims=True))
     completed = jnp.where(visited, qvalues, low)
     return (completed - low) / jnp.maximum(high - low, epsilon)
 
@@ -47,16 +47,9 @@ def qtransform_by_tree_min_max(tree: Any, node_index: Any, *, epsilon: Number = 
     Actions not visited get 0. Schrittwieser et al. (2020), equation 5. For PUCT alone, whose
     descent is then a loop, since any new value may change the choice of any node.
     """
-    low, high = jnp.moveaxis(tree.value_range[node_index], -1, 0)
+    low, high = tree.value_range[node_index][:, None]
     scaled = (tree.qvalues(node_index) - low) / jnp.maximum(high - low, epsilon)
     return jnp.where(tree.children_visits[node_index] > 0, scaled, 0.0)
-
-
-def is_local(qtransform: Any) -> bool:
-    """Whether a node's values depend on the node alone."""
-    while isinstance(qtransform, functools.partial):
-        qtransform = qtransform.func
-    return qtransform is not qtransform_by_tree_min_max
 
 
 def qtransform_completed_by_mix_value(
@@ -80,12 +73,13 @@ def qtransform_completed_by_mix_value(
     if use_mixed_value:
         prior, total = tree_prior(tree, node_index), tree.node_visits[node_index] - 1
         value = mixed_value(value, prior, visits, qvalues, total)
-    completed = jnp.where(visits > 0, qvalues, value)
+    completed = jnp.where(visits > 0, qvalues, value[None])
     if rescale_values:
-        low = jnp.min(completed, axis=-1, keepdims=True)
-        high = jnp.max(completed, axis=-1, keepdims=True)
+        low = jnp.min(completed, axis=0, keepdims=True)
+        high = jnp.max(completed, axis=0, keepdims=True)
         completed = (completed - low) / jnp.maximum(high - low, epsilon)
-    return (maxvisit_init + jnp.max(visits, axis=-1)) * value_scale * completed
+    most = jnp.max(visits, axis=0, keepdims=True)
+    return (maxvisit_init + most) * value_scale * completed
 
 
 def mixed_value(
@@ -94,14 +88,14 @@ def mixed_value(
     """v_mix, []: the raw value, and the prior's mean of the visited values once for each visit.
 
     Danihelka et al. (2022), equation 33; prior, visits, qvalues: [A], total: [] the sum of the
-    visits.
+    visits. Any axes may follow that of the actions.
     """
     visited = visits > 0
     # a visited action may have a prior of zero
     prior = jnp.maximum(prior, jnp.finfo(prior.dtype).tiny)
-    mass = jnp.sum(jnp.where(visited, prior, 0.0), axis=-1)
-    shares = jnp.where(visited, prior * qvalues / jnp.where(visited, mass, 1.0), 0.0)
-    return (raw + total * jnp.sum(shares, axis=-1)) / (total + 1)
+    mass = jnp.sum(jnp.where(visited, prior, 0.0), axis=0)
+    weighted = jnp.sum(jnp.where(visited, prior * qvalues, 0.0), axis=0)
+    return (raw + total * (weighted / jnp.where(mass > 0, mass, 1.0))) / (total + 1)
 
 
 def tree_prior(tree: Any, node_index: Any) -> jax.Array:
@@ -110,3 +104,19 @@ def tree_prior(tree: Any, node_index: Any) -> jax.Array:
     if prior is None:
         return jax.nn.softmax(tree.children_prior_logits[node_index])
     return prior[node_index]
+
+
+def is_local(qtransform: Any) -> bool:
+    """Whether a node's values depend on the node alone."""
+    return _plain(qtransform) is not qtransform_by_tree_min_max
+
+
+def takes_lanes(qtransform: Any) -> bool:
+    """Whether the actions may be followed by an axis of nodes, as all of this file allow."""
+    return getattr(_plain(qtransform), "__module__", None) == __name__
+
+
+def _plain(qtransform: Any) -> Any:
+    while isinstance(qtransform, functools.partial):
+        qtransform = qtransform.func
+    return qtransform

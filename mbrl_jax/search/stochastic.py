@@ -123,13 +123,13 @@ def stochastic_muzero_policy(
         decide = puct.puct(qtransform, *constants)
 
         def scores(node: Node) -> jax.Array:
-            cut = {f: getattr(node, f)[:, :num_actions] for f in ("prior", "visits", "qvalues")}
+            cut = {f: getattr(node, f)[:num_actions] for f in ("prior", "visits", "qvalues")}
             own = node._replace(**cut)
-            shares = node.prior[:, num_actions:] / (node.visits[:, num_actions:] + 1)
+            shares = node.prior[num_actions:] / (node.visits[num_actions:] + 1)
             # an afterstate has no priors of actions, a state none of outcomes
-            is_chance = jnp.sum(shares, axis=-1, keepdims=True) > 0
+            is_chance = jnp.sum(shares, axis=0, keepdims=True) > 0
             decisions = jnp.where(is_chance, -jnp.inf, decide(own))
-            return jnp.concatenate([decisions, jnp.where(is_chance, shares, -jnp.inf)], axis=-1)
+            return jnp.concatenate([decisions, jnp.where(is_chance, shares, -jnp.inf)], axis=0)
 
         return scores
 

@@ -186,15 +186,17 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
     total = 1 + jnp.sum(visits[0], axis=-1)
     root_value = (empty.root_value + jnp.sum(visits[0] * qvalues[0], axis=-1)) / total
     prior = jnp.exp(jnp.moveaxis(tree.children_prior_logits, 0, 1))
-    node = Node(prior, visits, qvalues, tree.raw_values.T, tree.node_values.T, tree.node_visits.T)
+    node = Node(
+        prior.mT, visits.mT, qvalues.mT, tree.raw_values.T, tree.node_values.T, tree.node_visits.T
+    )
 
     span, depth = None, node_depths(tree).T
     if empty.span is not None:
         seen = jnp.where(visits > 0, qvalues, jnp.inf), jnp.where(visits > 0, qvalues, -jnp.inf)
-        span = jnp.stack([seen[0].min(axis=(0, 2)), seen[1].max(axis=(0, 2))], axis=-1)
+        span = jnp.stack([seen[0].min(axis=(0, 2)), seen[1].max(axis=(0, 2))])
         target = child * batch + lane[..., None]
     else:
-        best = jnp.argmax(jax.vmap(rule)(node), axis=-1)
+        best = jax.vmap(lambda one: forests.best(rule(one)))(node)
         further = jnp.take_along_axis(child, best[..., None], axis=-1)[..., 0]
         ends = (number * batch + lane) * width + best
         if empty.depth is not None:
