@@ -22,9 +22,9 @@ LENGTHS, RATIOS, MEMBERS = (1, 2, 5, 10, 20), (0.0, 0.05, 0.5, 1.0), (1, 3, 7)
 
 def rows(env: str, steps: int, lengths: Sequence[int], note: str = "", **shared: Any) -> list[Run]:
     """The rows of rollout lengths of one environment."""
-    every, episodes = steps // 2, 2 if shared else 10
+    episodes = 2 if shared else 10
     return [
-        Run("mbpo", env, steps, None, every, episodes,
+        Run("mbpo", env, steps, None, steps, episodes,
             overrides={**shared, "rollout_length": (n, n), "truncation": cut},
             title=f"length {n}{', macura' * (cut == 'macura')}{note}")
         for n in lengths
@@ -37,7 +37,7 @@ def parts(env: str, steps: int) -> list[Run]:
     fields = [(f"real share {ratio:g}", {"real_ratio": ratio}) for ratio in RATIOS]
     fields += [(f"members {n}", {"num_members": n, "num_elites": min(n, 3)}) for n in MEMBERS]
     return [
-        Run("mbpo", env, steps, None, steps // 2, 10, overrides=overrides, title=title)
+        Run("mbpo", env, steps, None, steps, 10, overrides=overrides, title=title)
         for title, overrides in fields
     ]
 

@@ -95,6 +95,7 @@ def run_bench_models(out, *options):
     return json.loads((out / "bench_models.json").read_text())
 
 
+@pytest.mark.slow
 def test_bench_models_writes_a_row_for_every_part(tmp_path):
     record = run_bench_models(tmp_path, "--no-peers")
     assert [row["name"].split(",")[0] for row in record["rows"]] == [

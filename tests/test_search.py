@@ -273,7 +273,7 @@ def test_metrics_tell_what_a_plain_walk_tells():
     ("policy", "masked"),
     [
         ("gumbel_muzero_policy", True),
-        ("muzero_policy", False),
+        pytest.param("muzero_policy", False, marks=pytest.mark.slow),
         pytest.param("gumbel_muzero_policy", False, marks=pytest.mark.slow),
         pytest.param("muzero_policy", True, marks=pytest.mark.slow),
     ],

@@ -155,6 +155,7 @@ def test_an_advanced_tree_is_the_part_below_the_action():
         assert not part.node_visits[i, seen:].any()
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap_go_on_as_single_searches_do():
     params, batch, num = world(5, 4, 0.9, 1.0), 3, 25
     first = run(search, "muzero_policy", params, 2 * batch, num).search_tree

@@ -152,6 +152,7 @@ def game(params, key, action, board):
     ), after  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tic_tac_toe_is_never_lost():
     """1,000 games against a perfect player, half of them as the second; 1,600 simulations a move.
 
