@@ -45,8 +45,8 @@ CASES = {
 PLAN = {"total_steps": 112, "eval_every": 32, "eval_episodes": 2, "eval_max_steps": 20}
 
 
-def cases(slow):
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in CASES]
+def cases(slow, names=CASES):
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 def case(name):
@@ -58,6 +58,7 @@ def case(name):
     "name",
     cases(
         slow=[
+            "sac",
             "sac, redq",
             "dqn, plain",
             "pets, discrete",
@@ -88,9 +89,7 @@ def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path):
     assert len(rows(tmp_path / "run")) == 1 + 2 * history["env_steps"].shape[1]
 
 
-@pytest.mark.parametrize(
-    "name", cases(slow=[name for name in CASES if "," in name or name in ("ppo", "pets", "mbpo")])
-)
+@pytest.mark.parametrize("name", cases(slow=[name for name in CASES if name != "sac"]))
 def test_seeds_vmapped_mapped_and_sharded_agree_after_a_few_updates(name):
     """Within 1e-4, or 0.1 % of a number: XLA adds in another order where seeds are batched."""
     agent, env, fields = case(name)
@@ -171,10 +170,7 @@ def broken():
 
 
 @pytest.mark.filterwarnings("ignore:probe has no known termination")
-@pytest.mark.parametrize(
-    "agent",
-    [pytest.param(name, marks=pytest.mark.slow if name == "mbpo" else ()) for name in SMALL],
-)
+@pytest.mark.parametrize("agent", cases(("pets", "mbpo"), SMALL))
 def test_rewards_that_are_not_finite_stop_the_run(agent, broken, tmp_path):
     run = {**PLAN, **SMALL[agent], "seeds": 2, "eval_episodes": 0}
     said = (
@@ -188,7 +184,7 @@ def test_rewards_that_are_not_finite_stop_the_run(agent, broken, tmp_path):
     assert len(rows(tmp_path / "run")) == 3, "the bad chunk is in metrics.csv, for both seeds"
 
 
-@pytest.mark.parametrize("agent", SMALL)
+@pytest.mark.parametrize("agent", cases(("pets", "mbpo"), SMALL))
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, tmp_path, capfd):
     env = "Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1"
     out = tmp_path / "run"

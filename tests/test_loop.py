@@ -34,7 +34,7 @@ def _bits(x):
 
 
 @pytest.mark.parametrize(("name", "fields"), TABULAR, ids=str)
-@pytest.mark.parametrize("slippery", [False, True])
+@pytest.mark.parametrize("slippery", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_vmapped_seeds_equal_single_runs(name, fields, slippery):
     env = mbrl_jax.make_env("FrozenLake-misc", is_slippery=slippery)
     cfg = AGENTS[name].config_for(env.spec.id, **fields)

@@ -149,7 +149,15 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("agent", RUNS)
+@pytest.mark.parametrize(
+    "agent",
+    [
+        pytest.param("q_learning", marks=pytest.mark.slow),
+        "dyna_q",
+        "dyna_q_plus",
+        "prioritised_sweeping",
+    ],
+)
 def test_interrupted_and_resumed(agent, tmp_path):
     env_id, arguments, fields = RUNS[agent]
     env = make_env(env_id, **arguments)

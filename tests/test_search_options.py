@@ -94,7 +94,7 @@ def go_on(params, tree, actions, num, **options):
 @pytest.mark.parametrize(
     ("depth", "tree_range"),
     [
-        (None, False),
+        pytest.param(None, False, marks=pytest.mark.slow),
         (3, True),
         pytest.param(3, False, marks=pytest.mark.slow),
         pytest.param(None, True, marks=pytest.mark.slow),

@@ -24,7 +24,15 @@ WORLDS = {
 PLAN = {"eval_every": 50, "eval_episodes": 2, "eval_max_steps": 50}
 
 
-@pytest.mark.parametrize("agent", WORLDS)
+@pytest.mark.parametrize(
+    "agent",
+    [
+        pytest.param("q_learning", marks=pytest.mark.slow),
+        pytest.param("dyna_q", marks=pytest.mark.slow),
+        "dyna_q_plus",
+        "prioritised_sweeping",
+    ],
+)
 def test_eight_devices(agent):
     env_id, arguments = WORLDS[agent]
     env = make_env(env_id, **arguments)
