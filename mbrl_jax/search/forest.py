@@ -77,6 +77,10 @@ class Forest:
         """Cells of a row."""
         return self.num_actions + -(-self.num_actions // 4) + 1
 
+    def records(self, rows: jax.Array) -> jax.Array:
+        """What `record` made of the rows [L], [L, 4 (W - A)]."""
+        return self.table.at[rows, 4 * self.num_actions :].get(mode="promise_in_bounds")
+
 
 def bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
@@ -148,12 +152,14 @@ def transformed(qtransform: QTransform, node: Node) -> jax.Array:
 def record(
     prior: jax.Array, raw: jax.Array, reward: jax.Array, discount: jax.Array, edge: jax.Array
 ) -> jax.Array:
-    """The rows [L, 4 W] of new nodes that hang at the edges [L]."""
+    """What the rows of new nodes that hang at the edges [L] hold beside their own edges.
+
+    -> [L, 4 (W - A)].
+    """
     num, num_actions = prior.shape
     node = jnp.stack([bits(raw), bits(reward), bits(discount), edge], axis=-1)
-    edges = jnp.zeros((num, 4 * num_actions), jnp.int32)
     fill = jnp.zeros((num, -num_actions % 4), jnp.int32)
-    return jnp.concatenate([edges, bits(prior), fill, node], axis=-1)
+    return jnp.concatenate([bits(prior), fill, node], axis=-1)
 
 
 def unpack(rows: jax.Array, num_actions: int) -> tuple[Node, jax.Array]:
@@ -183,14 +189,14 @@ def plant(
     batch, num_actions = prior.shape
     nothing = jnp.zeros(batch)
     root = record(prior, value, nothing, nothing, jnp.zeros(batch, jnp.int32))
-    num_rows = batch * num_nodes
-    if num_rows * root.shape[1] // 4 >= 2**31:
+    num_rows, width = batch * num_nodes, num_actions + root.shape[1] // 4
+    if num_rows * width >= 2**31:
         raise ValueError(
             f"{batch} roots with {num_nodes} nodes of {num_actions} actions: expected fewer than "
             "2^31 edges; search in smaller batches"
         )
     empty = Forest(
-        jnp.zeros((num_rows, root.shape[1]), jnp.int32),
+        jnp.zeros((num_rows, 4 * width), jnp.int32),
         jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), embedding),
         value, jnp.zeros(num_rows, jnp.int32) if limited else None,
         None if local else jnp.tile(jnp.array([[jnp.inf], [-jnp.inf]]), (1, batch)), num_actions,
@@ -198,16 +204,18 @@ def plant(
     return store(empty, root, embedding, 0)
 
 
-def store(forest: Forest, rows: jax.Array, embedding: Any, first_row: Any) -> Forest:
-    """Writes new nodes, one slice from `first_row` on."""
+def store(forest: Forest, records: jax.Array, embedding: Any, first_row: Any) -> Forest:
+    """Writes new nodes, one slice from `first_row` on, where no edge was visited yet."""
     put = jax.lax.dynamic_update_slice_in_dim
     depth = forest.depth
     if depth is not None:
-        above = rows[:, -4 + PARENT] // forest.width
+        above = records[:, -4 + PARENT] // forest.width
         depth = put(depth, jnp.where(above < forest.batch, 1, take(depth, above) + 1), first_row, 0)
     return dataclasses.replace(
         forest,
-        table=put(forest.table, rows, first_row, 0),
+        table=jax.lax.dynamic_update_slice(
+            forest.table, records, (first_row, 4 * forest.num_actions)
+        ),
         embedding=jax.tree.map(
             lambda x, new: put(x, new, first_row, 0), forest.embedding, embedding
         ),
@@ -222,7 +230,7 @@ def expand(
     edge: jax.Array,
     factor: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """The model's answers behind the edges [L] -> rows [L, 4 W] and embeddings of new nodes.
+    """The model's answers behind the edges [L] -> records (see there) and embeddings of new nodes.
 
     `factor` [L, A] times the prior is what they keep.
 
@@ -250,13 +258,13 @@ def expand(
 
 
 def backup(
-    forest: Forest, first_row: Any, live: jax.Array, rule: Rule, max_depth: int
+    forest: Forest, first_row: Any, live: jax.Array, rule: Rule | None, max_depth: int
 ) -> tuple[Forest, jax.Array]:
     """Carries the raw values of new nodes up to the roots, which stay as they are.
 
     The new nodes are the rows from `first_row` on, one for each lane; lanes that are not `live` [L]
-    change nothing. A forest with a span has a lane for each root. -> the forest, and the returns at
-    the roots [L].
+    change nothing. A forest with a span has a lane for each root. `rule` chooses the edges' targets;
+    None leaves them, where no lookup will follow. -> the forest, and the returns at the roots [L].
     """
     batch, width = forest.batch, forest.width
     Loop = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -264,8 +272,11 @@ def backup(
     def level(loop: Loop) -> Loop:
         table, lanes, span = loop
         row, returned, live = lanes[:, 0], number(lanes[:, 1]), lanes[:, 2] > 0
-        node, own = unpack(take(table, row), forest.num_actions)
         cells = table.reshape(-1, 4)
+        if rule is None:
+            own = take(cells, (row + 1) * width - 1)
+        else:
+            node, own = unpack(take(table, row), forest.num_actions)
         above = own[:, PARENT]
         cell = take(cells, above)
         visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
@@ -275,8 +286,8 @@ def backup(
         if span is not None:
             wider = jnp.minimum(span[0], qvalue), jnp.maximum(span[1], qvalue)
             span = jnp.where(live[None], jnp.stack(wider), span)
-            target = row
-        else:
+        target = row
+        if rule is not None:
             target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
             if forest.depth is not None:
                 # descent ends above a node that is as deep as allowed: its edge is taken once more
@@ -289,20 +300,27 @@ def backup(
         moved = jnp.stack([up, bits(reward + discount * returned), jnp.int32(up >= batch)], axis=-1)
         return cells.reshape(table.shape), jnp.where(live[:, None], moved, lanes), span
 
-    row = first_row + jnp.arange(live.shape[0])
+    num, row = live.shape[0], first_row + jnp.arange(live.shape[0])
+    if num == 1:
+        # a dead lane beside it: XLA makes a write of one row a slice update that copies the table
+        row, live = jnp.concatenate([row, row]), jnp.pad(live, (0, 1))
     raw = take(forest.cells, (row + 1) * width - 1)[:, RAW]
     lanes = jnp.stack([row, raw, jnp.int32(live)], axis=-1)
     table, lanes, span = jax.lax.while_loop(
         lambda loop: jnp.any(loop[1][:, 2] > 0), level, (forest.table, lanes, forest.span)
     )
-    return dataclasses.replace(forest, table=table, span=span), number(lanes[:, 1])
+    return dataclasses.replace(forest, table=table, span=span), number(lanes[:num, 1])
 
 
 def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> jax.Array:
     """The edge at which greedy descent from each node ends, [L] int32."""
-    own = first_edge + best(rule(node))
-    cell = take(cells, own)
-    return jnp.where(cell[:, VISITS] > 0, cell[:, TARGET], own)
+    return end_of(cells, first_edge + best(rule(node)))
+
+
+def end_of(cells: jax.Array, edge: jax.Array) -> jax.Array:
+    """The edge at which greedy descent through each of the edges [L] ends, [L] int32."""
+    cell = take(cells, edge)
+    return jnp.where(cell[:, VISITS] > 0, cell[:, TARGET], edge)
 
 
 def best(scores: jax.Array) -> jax.Array:

@@ -61,7 +61,38 @@ class Wave(NamedTuple):
     first_row: jax.Array  # [] int32
 
 
-def simulate(
+def in_sequence(
+    forest: Forest,
+    model: Model,
+    root: Root,
+    qtransform: QTransform,
+    rounds: halving.Rounds,
+    max_depth: int,
+    loop_fn: LoopFn,
+) -> Forest:
+    """All simulations, one of every root after the other."""
+    batch = forest.batch
+    rule, counts = improved_policy(qtransform), jnp.asarray(halving.counts(rounds))
+    num_simulations = counts.shape[1]
+    every, first_edge = jnp.ones(batch, bool), jnp.arange(batch) * forest.width
+
+    def select(i: jax.Array | int, forest: Forest) -> jax.Array:
+        action = next_action(root, qtransform, forests.roots(forest), counts[root.considered, i])
+        return forests.end_of(forest.cells, first_edge + action)
+
+    def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
+        forest, edge = loop
+        new, embedding = forests.expand(forest, model, i, edge)
+        first_row = (i + 1) * batch
+        forest = forests.store(forest, new, embedding, first_row)
+        forest, returned = forests.backup(forest, first_row, every, rule, max_depth)
+        forest = dataclasses.replace(forest, root_value=forest.root_value + returned)
+        return forest, select(jnp.minimum(i + 1, num_simulations - 1), forest)
+
+    return averaged(loop_fn(0, num_simulations, simulation, (forest, select(0, forest)))[0])
+
+
+def in_rounds(
     forest: Forest,
     model: Model,
     root: Root,
@@ -72,9 +103,10 @@ def simulate(
     max_depth: int,
     loop_fn: LoopFn,
 ) -> Forest:
-    """All simulations of every root."""
+    """All simulations, those of a round in batches."""
     batch = forest.batch
-    rule = improved_policy(qtransform)
+    # nothing descends after the only round
+    rule = improved_policy(qtransform) if groups[-1].end > 1 else None
     candidates, visits = jnp.asarray(rounds.candidates), jnp.asarray(rounds.visits)
     zero = jnp.zeros(root.noisy.shape)
     start = considered_score(zero[:1], root.noisy, zero, zero)
@@ -105,10 +137,9 @@ def simulate(
         def evaluate(slot: jax.Array, forest: Forest) -> Forest:
             some = jax.lax.dynamic_slice_in_dim(actions, slot, width, axis=1)
             edge = jnp.arange(batch)[:, None] * forest.width + some
-            cell = forests.take(forest.cells, edge)
-            edge = jnp.where(cell[..., forests.VISITS] > 0, cell[..., forests.TARGET], edge)
-            rows, embedding = forests.expand(forest, model, i * slots + slot, edge.T.reshape(-1))
-            return forests.store(forest, rows, embedding, first_row + slot * batch)
+            edge = forests.end_of(forest.cells, edge.T.reshape(-1))
+            new, embedding = forests.expand(forest, model, i * slots + slot, edge)
+            return forests.store(forest, new, embedding, first_row + slot * batch)
 
         forest = in_batches(jnp.max(among), width, evaluate, forest)
         if group.replayed:
@@ -133,7 +164,6 @@ def simulate(
                 forest, first_row + slot * batch, live, rule, max_depth
             )
             returned = jnp.where(live, returned, 0.0).reshape(width, batch)
-            # a sum until the end: no choice at the root looks at its value
             summed = forest.root_value + jnp.sum(returned, axis=0)
             return dataclasses.replace(forest, root_value=summed)
 
@@ -146,9 +176,20 @@ def simulate(
         wave = loop_fn(
             group.first, end, lambda i, wave, group=group: one_round(i, wave, group), wave
         )
-    forest = wave.forest
+    return averaged(wave.forest)
+
+
+def averaged(forest: Forest) -> Forest:
+    """With the mean in place of the sum at the roots, at whose value no choice looks."""
     total = forests.roots(forest).total
     return dataclasses.replace(forest, root_value=forest.root_value / total)
+
+
+def next_action(root: Root, qtransform: QTransform, node: Node, considered: jax.Array) -> jax.Array:
+    """The best of the root's actions that were visited `considered` [B] times, [B] int32."""
+    added = forests.transformed(qtransform, node)
+    score = considered_score(considered[None], root.noisy, added, node.visits)
+    return forests.best(jnp.where(root.invalid, -jnp.inf, score))
 
 
 def ranked(forest: Forest, root: Root, qtransform: QTransform, actions: jax.Array) -> jax.Array:
@@ -183,13 +224,11 @@ def replay(
     # the value of each action after its visit, [A, B]
     candidate = (actions[None] == every[..., None]) & (slot < among[:, None])[None]
     fresh = jnp.sum(jnp.where(candidate, after[None], 0.0), axis=-1)
-    considered = forests.pick(node.visits, actions[:, 0])
+    considered = forests.pick(node.visits, actions[:, 0])[0]
 
     def choose(i: jax.Array, loop: tuple[Node, jax.Array]) -> tuple[Node, jax.Array]:
         node, order = loop
-        added = forests.transformed(qtransform, node)
-        score = considered_score(considered, root.noisy, added, node.visits)
-        action = forests.best(jnp.where(root.invalid, -jnp.inf, score))
+        action = next_action(root, qtransform, node, considered)
         taken = (action[None] == every) & (i < commit)[None]
         node = node._replace(
             visits=node.visits + taken,
@@ -198,7 +237,9 @@ def replay(
         )
         return node, jnp.where(slot == i, action[:, None], order)
 
-    return jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]
+    order = jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]
+    # a root that takes all of its candidates may take more of them than `rearranged` moves
+    return jnp.where((commit < among)[:, None], order, actions)
 
 
 def rearranged(
@@ -208,9 +249,9 @@ def rearranged(
     batch = forest.batch
     found = jnp.argmax(chosen[:, :most, None] == actions[:, None, :], axis=-1)
     lane = first_row + (found * batch + jnp.arange(batch)[:, None]).T.reshape(-1)
-    rows = forests.take(forest.table, lane)
+    new = forest.records(lane)
     embedding = jax.tree.map(lambda x: forests.take(x, lane), forest.embedding)
-    return forests.store(forest, rows, embedding, first_row)
+    return forests.store(forest, new, embedding, first_row)
 
 
 def values_after(forest: Forest, row: jax.Array) -> jax.Array:

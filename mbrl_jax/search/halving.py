@@ -65,26 +65,36 @@ class Group(NamedTuple):
     replayed: int  # most visits of a round that visits fewer actions than there are candidates
 
 
-LATENCY = 128  # lanes that take as long as the fixed cost of a batch
-WIDEST = 1024  # lanes of a batch where several actions share it; more cost memory and save nothing
+class Machine(NamedTuple):
+    """What batches cost."""
+
+    latency: int  # lanes that take as long as the fixed cost of a batch
+    lanes: int  # of a batch in which several actions of a root share it, at most
+    actions: int  # of a root that share a batch, at most
 
 
-def plan(rounds: Rounds, considered: range, batch: int) -> list[Group]:
+# measured: wider batches gain little time, and their temporary memory is more than the trees'
+CPU = Machine(latency=128, lanes=32, actions=4)
+# reasoned only: a smaller batch is launches, and takes as long
+ACCELERATOR = Machine(latency=16_384, lanes=16_384, actions=1_024)
+
+
+def plan(rounds: Rounds, considered: range, batch: int, machine: Machine) -> list[Group]:
     """At most two groups, since each is a program to compile, of the least cost.
 
-    A batch of simulations costs as many lanes as it has, dead ones too, and `LATENCY` more.
+    A batch of simulations costs as many lanes as it has, dead ones too, and its latency.
     """
     rows = np.array(considered)
     length = int(rounds.total[rows].max())
     candidates = rounds.candidates[rows, :length]
     visits = rounds.visits[rows, :length]
     need = candidates.max(axis=0)
-    widest = min(max(WIDEST // batch, 1), int(need.max()))
+    widest = min(max(machine.lanes // batch, 1), machine.actions, int(need.max()))
     widths = sorted({min(2**i, widest) for i in range(widest.bit_length() + 1)})
 
     def cheapest(first: int, end: int) -> tuple[int, int]:
         batches = [(int(np.sum(-(-need[first:end] // w))), w) for w in widths]
-        return min((n * (LATENCY + w * batch), w) for n, w in batches)
+        return min((n * (machine.latency + w * batch), w) for n, w in batches)
 
     def group(first: int, end: int) -> Group:
         fewer = (visits < candidates) & (visits > 0)
@@ -98,6 +108,20 @@ def plan(rounds: Rounds, considered: range, batch: int) -> list[Group]:
     costs = {n: cheapest(0, n)[0] + cheapest(n, length)[0] for n in cuts} | {0: whole}
     cut = min(costs, key=costs.__getitem__)
     return [group(0, cut), group(cut, length)] if cut else [group(0, length)]
+
+
+def one_by_one(groups: list[Group]) -> bool:
+    """Whether no batch holds two actions of a root, so that evaluating more than are kept is waste.
+
+    A search that drops actions unseen (`halve_once`) or never has no waste.
+    """
+    return all(group.width == 1 for group in groups) and any(group.replayed for group in groups)
+
+
+def counts(rounds: Rounds) -> np.ndarray:
+    """How often the action of each simulation was visited before, [m + 1, simulations] int32."""
+    table = [np.repeat(np.arange(len(row)), row) for row in rounds.visits]
+    return np.array(table, np.int32)
 
 
 def peak(rounds: Rounds, considered: range, groups: list[Group]) -> int:

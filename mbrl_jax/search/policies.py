@@ -238,18 +238,23 @@ def gumbel_muzero_policy(
         considered = jnp.full(logits.shape[0], most)
         if invalid_actions is not None:
             considered = jnp.minimum(most, jnp.sum(~invalid, axis=-1))
-        groups = halving.plan(rounds, among, logits.shape[0])
+        machine = halving.CPU if jax.default_backend() == "cpu" else halving.ACCELERATOR
+        groups = halving.plan(rounds, among, logits.shape[0], machine)
+        one_by_one = halving.one_by_one(groups)
         limit = _limit(max_depth, num_simulations)
+        num_nodes = num_simulations + 1 if one_by_one else halving.peak(rounds, among, groups)
         forest = forests.plant(
-            jax.nn.softmax(logits), lanes["value"], lanes["embedding"],
-            halving.peak(rounds, among, groups), limit is not None,
+            jax.nn.softmax(logits), lanes["value"], lanes["embedding"], num_nodes,
+            limit is not None,
         )  # fmt: skip
         start = halved.Root(halved.noisy(lanes["gumbel"], logits), invalid.T, considered)
-        forest = halved.simulate(
-            forest, model, start, qtransform, rounds, groups, halve_once, limit or 0, loop_fn
-        )
+        common = forest, model, start, qtransform, rounds
+        if one_by_one:
+            forest = halved.in_sequence(*common, limit or 0, loop_fn)
+        else:
+            forest = halved.in_rounds(*common, groups, halve_once, limit or 0, loop_fn)
         made = None
-        if invalid_actions is not None:
+        if invalid_actions is not None and not one_by_one:
             made = halved.made(rounds, considered, forest.table.shape[0] // forest.batch)
         extra = GumbelMuZeroExtraData(root_gumbel=lanes["gumbel"])
         # of the forest, since a tree's values would be made for all of its nodes

@@ -55,20 +55,20 @@ def simulate(
 
     def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, target = loop
-        rows, embedding = forests.expand(forest, model, i, target, ties)
+        records, embedding = forests.expand(forest, model, i, target, ties)
         first_row = (i + 1) * batch
         live = every if kept is None else i >= kept
         if kept is not None:
             # a node that was kept may have its place there
-            rows, embedding = jax.tree.map(
-                lambda new, x: jnp.where(
-                    live.reshape(-1, *[1] * (new.ndim - 1)),
-                    new, jax.lax.dynamic_slice_in_dim(x, first_row, batch),
-                ),
-                (rows, embedding), (forest.table, forest.embedding),
+            rows = first_row + jnp.arange(batch)
+            before = forest.records(rows), jax.tree.map(lambda x: x[rows], forest.embedding)
+            records, embedding = jax.tree.map(
+                lambda new, x: jnp.where(live.reshape(-1, *[1] * (new.ndim - 1)), new, x),
+                (records, embedding), before,
             )  # fmt: skip
-        forest = forests.store(forest, rows, embedding, first_row)
-        forest, returned = forests.backup(forest, first_row, live, rule, max_depth)
+        forest = forests.store(forest, records, embedding, first_row)
+        choice = rule if forest.span is None else None
+        forest, returned = forests.backup(forest, first_row, live, choice, max_depth)
         visits = i + 1.0
         value = (forest.root_value * visits + returned) / (visits + 1.0)
         forest = dataclasses.replace(forest, root_value=jnp.where(live, value, forest.root_value))

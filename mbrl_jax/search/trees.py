@@ -220,14 +220,14 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
         rows(prior), rows(tree.raw_values.T), rows(rewards[parent, lane, action]),
         rows(discounts[parent, lane, action]), rows(jnp.where(below, above, -1)),
     )  # fmt: skip
-    known = jnp.concatenate([empty.table[:batch], known[batch:]])
+    known = jnp.concatenate([empty.records(jnp.arange(batch)), known[batch:]])
     target = jnp.where(visits > 0, target, 0)
     edges = jnp.stack([visits, forests.bits(qvalues), forests.bits(values), target], axis=-1)
     edges = edges.reshape(-1, 4 * num_actions)
     embeddings = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree.embeddings)
     return dataclasses.replace(
         empty,
-        table=jnp.concatenate([edges, known[:, 4 * num_actions :]], axis=-1),
+        table=jnp.concatenate([edges, known], axis=-1),
         embedding=jax.tree.map(under_roots, embeddings, empty.embedding),
         root_value=root_value,
         depth=None if empty.depth is None else rows(depth),
