@@ -7,10 +7,10 @@ dozen operations), `mlp` (two layers of 64) and `residual` (four residual blocks
 time: of both sides the seconds of tracing and compilation and the temporary memory of the program,
 and whether the visits at all roots agree.
 
-Two more tables. `levels`: what runs one after another in a search, calls of the network and turns
-of the loops that walk the trees, both told from the depths of the nodes, for `mlp` and 32 roots.
-`seeds`: a search under vmap, of 8 seeds with parameters of their own, against one search of as many
-roots with one seed's.
+Two more tables. `levels`: what runs one after another in a search on an accelerator, calls of the
+network and turns of the loops that walk the trees, both told from the depths of the nodes, for
+`mlp` and 32 roots (a CPU takes narrower batches, see `halving.CPU`). `seeds`: a search under vmap,
+of 8 seeds with parameters of their own, against one search of as many roots with one seed's.
 
 The floor of a search is its network: simulations * batch calls of the recurrent function.
 
@@ -139,7 +139,7 @@ def alternate(pair: list[Callable[[], Any]], repeats: int) -> dict[str, Any]:
     first = timed(pair[1])[0]
     # short calls are repeated within one measurement, long ones measured less often
     times = max(1, math.ceil(LEAST_SECONDS / first))
-    repeats = min(repeats, 3) if first > 1 else repeats
+    repeats = min(repeats, 2 if first > 10 else 3) if first > 1 else repeats
 
     def seconds(run: Callable[[], Any]) -> float:
         return timed(lambda: [run() for _ in range(times)])[0] / times
@@ -186,7 +186,7 @@ def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> d
         most = min(16, num_actions)
         rounds = halving.schedule(most, num_simulations)
         calls = own = first = 0
-        for group in halving.plan(rounds, range(most, most + 1), batch):
+        for group in halving.plan(rounds, range(most, most + 1), batch, halving.ACCELERATOR):
             for i in range(group.first, group.end):
                 among, commit = (int(x[most, i]) for x in (rounds.candidates, rounds.visits))
                 deep = depth[0][first : first + commit]

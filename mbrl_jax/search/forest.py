@@ -41,6 +41,7 @@ class Node(NamedTuple):
     raw: jax.Array  # [L]
     value: jax.Array  # [L]
     total: jax.Array  # [L] int32 visits of the node, its own evaluation among them
+    root: jax.Array  # [L] int32 number of its root
     span: jax.Array | None = None  # [2, L] least and greatest value in its tree, if that is kept
 
 
@@ -163,12 +164,12 @@ def record(
 
 
 def unpack(rows: jax.Array, num_actions: int) -> tuple[Node, jax.Array]:
-    """Rows [L, 4 W] -> nodes with their raw values and no visits of their own; their cells."""
+    """Rows [L, 4 W] -> nodes of their raw values, no visits and the first root; their cells."""
     columns, cell = rows.T, rows[:, -4:]
     edges = columns[: 4 * num_actions].reshape(num_actions, 4, -1)
     prior = number(columns[4 * num_actions : 5 * num_actions])
     raw, zero = number(cell[:, RAW]), jnp.zeros(rows.shape[0], jnp.int32)
-    return Node(prior, edges[:, VISITS], number(edges[:, QVALUE]), raw, raw, zero), cell
+    return Node(prior, edges[:, VISITS], number(edges[:, QVALUE]), raw, raw, zero, zero), cell
 
 
 def plant(
@@ -257,69 +258,121 @@ def expand(
     return record(prior, raw, reward, discount, edge), embedding
 
 
+WALKERS = 64
+"""New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
+Accelerators take all."""
+
+
+class Walk(NamedTuple):
+    """Lanes on their way from new nodes to the roots."""
+
+    table: jax.Array  # [R, 4 W] of the forest
+    lanes: jax.Array  # [L, 3] number of the new node, row, bits of the return so far
+    returns: jax.Array  # [new nodes] at the roots, 0 before they are known
+    span: jax.Array | None  # of the forest
+    scratch: list[jax.Array]  # see `fetched`
+
+
 def backup(
     forest: Forest, first_row: Any, live: jax.Array, rule: Rule | None, max_depth: int
 ) -> tuple[Forest, jax.Array]:
     """Carries the raw values of new nodes up to the roots, which stay as they are.
 
-    The new nodes are the rows from `first_row` on, one for each lane; lanes that are not `live` [L]
-    change nothing. A forest with a span has a lane for each root. `rule` chooses the edges' targets;
-    None leaves them, where no lookup will follow. -> the forest, and the returns at the roots [L].
+    The new nodes are the rows from `first_row` on; those that are not `live` [new nodes] change
+    nothing. In a forest with a span there is one for each root. `rule` chooses the edges' targets;
+    None where no lookup will follow. -> the forest, and the returns at the roots [new nodes], 0
+    where not live.
     """
-    batch, width = forest.batch, forest.width
-    Loop = tuple[jax.Array, jax.Array, jax.Array | None]
+    batch, width, num = forest.batch, forest.width, live.shape[0]
+    most = num if forest.span is not None or jax.default_backend() != "cpu" else WALKERS
+    # one has another beside it that has nothing to do, since XLA makes a write of one row a slice
+    # update that copies the table
+    walkers = max(min(most, num), 2)
+    rows = first_row + jnp.arange(num)
+    raw = take(forest.cells, (rows + 1) * width - 1)[:, RAW]
 
-    def level(loop: Loop) -> Loop:
-        table, lanes, span = loop
-        row, returned, live = lanes[:, 0], number(lanes[:, 1]), lanes[:, 2] > 0
-        cells = table.reshape(-1, 4)
+    def begin(number: jax.Array) -> jax.Array:
+        """Lanes at the new nodes of these numbers."""
+        inside = jnp.minimum(number, num - 1)
+        return jnp.stack([number, first_row + inside, take(raw, inside)], axis=-1)
+
+    def level(walk: Walk) -> Walk:
+        new, row, returned = walk.lanes[:, 0], walk.lanes[:, 1], number(walk.lanes[:, 2])
+        cells, span, scratch = walk.table.reshape(-1, 4), walk.span, list(walk.scratch)
+        busy = live.at[new].get(mode="fill", fill_value=False)
         if rule is None:
-            own = take(cells, (row + 1) * width - 1)
+            own, scratch[0] = fetched(cells, (row + 1) * width - 1, scratch[0])
         else:
-            node, own = unpack(take(table, row), forest.num_actions)
+            whole, scratch[2] = fetched(walk.table, row, scratch[2])
+            node, own = unpack(whole, forest.num_actions)
         above = own[:, PARENT]
-        cell = take(cells, above)
+        cell, scratch[1] = fetched(cells, above, scratch[1])
         visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
         value = (before * cell[:, VISITS] + returned) / visits
         reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
         qvalue = reward + discount * value
         if span is not None:
             wider = jnp.minimum(span[0], qvalue), jnp.maximum(span[1], qvalue)
-            span = jnp.where(live[None], jnp.stack(wider), span)
+            span = jnp.where(busy[None], jnp.stack(wider), span)
         target = row
         if rule is not None:
-            target = choose(cells, rule, node._replace(value=value, total=visits), row * width)
+            node = node._replace(value=value, total=visits, root=row % batch)
+            edge = row * width + best(rule(node))
+            found, scratch[0] = fetched(cells, edge, scratch[0])
+            target = end_of(edge, found)
             if forest.depth is not None:
                 # descent ends above a node that is as deep as allowed: its edge is taken once more
                 target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
         cell = jnp.stack([visits, bits(qvalue), bits(value), target], axis=-1)
-        # lanes that are done write beyond the end, which drops what they write
-        index = jnp.where(live, above, cells.shape[0])
+        # lanes that have nothing to carry write beyond the end, which drops what they write
+        index = jnp.where(busy, above, cells.shape[0])
         cells = cells.at[index].set(cell, mode="drop", unique_indices=True)
-        up = above // width
-        moved = jnp.stack([up, bits(reward + discount * returned), jnp.int32(up >= batch)], axis=-1)
-        return cells.reshape(table.shape), jnp.where(live[:, None], moved, lanes), span
 
-    num, row = live.shape[0], first_row + jnp.arange(live.shape[0])
-    if num == 1:
-        # a dead lane beside it: XLA makes a write of one row a slice update that copies the table
-        row, live = jnp.concatenate([row, row]), jnp.pad(live, (0, 1))
-    raw = take(forest.cells, (row + 1) * width - 1)[:, RAW]
-    lanes = jnp.stack([row, raw, jnp.int32(live)], axis=-1)
-    table, lanes, span = jax.lax.while_loop(
-        lambda loop: jnp.any(loop[1][:, 2] > 0), level, (forest.table, lanes, forest.span)
-    )
-    return dataclasses.replace(forest, table=table, span=span), number(lanes[:num, 1])
+        up, returned = above // width, reward + discount * returned
+        arrived = busy & (up < batch)
+        returns = walk.returns.at[jnp.where(arrived, new, num)].set(
+            returned, mode="drop", unique_indices=True
+        )
+        moved = jnp.stack([new, up, bits(returned)], axis=-1)
+        # a lane that is done takes up the next of its share
+        lanes = jnp.where((arrived | ~busy)[:, None], begin(new + walkers), moved)
+        return Walk(cells.reshape(walk.table.shape), lanes, returns, span, scratch)
 
-
-def choose(cells: jax.Array, rule: Rule, node: Node, first_edge: jax.Array) -> jax.Array:
-    """The edge at which greedy descent from each node ends, [L] int32."""
-    return end_of(cells, first_edge + best(rule(node)))
+    widths = (4, 4) if rule is None else (4, 4, 4 * width)
+    scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
+    start = Walk(forest.table, begin(jnp.arange(walkers)), jnp.zeros(num), forest.span, scratch)
+    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
+    return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns
 
 
-def end_of(cells: jax.Array, edge: jax.Array) -> jax.Array:
-    """The edge at which greedy descent through each of the edges [L] ends, [L] int32."""
-    cell = take(cells, edge)
+def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [R, C] at index [L], [L, C], by way of scratch [L + 1, C], which a loop carries; and that.
+
+    XLA takes a gather for a pass over all of x and spreads it over a CPU's threads, which costs
+    more than the few rows do. An update of a slice, here of all but one row, it does not spread.
+    """
+    scratch = jax.lax.dynamic_update_slice(scratch, take(x, index), (0, 0))
+    return scratch[:-1], scratch
+
+
+def choose(forest: Forest, rule: Rule) -> jax.Array:
+    """The edge at which greedy descent from each root ends, [B] int32."""
+    edge = first_edges(forest) + best(rule(roots(forest)))
+    return end_of(edge, root_cells(forest, edge))
+
+
+def first_edges(forest: Forest) -> jax.Array:
+    """Of the roots, [B] int32."""
+    return jnp.arange(forest.batch) * forest.width
+
+
+def root_cells(forest: Forest, edge: jax.Array) -> jax.Array:
+    """The cells [L, 4] of edges [L] of roots."""
+    return take(forest.table[: forest.batch].reshape(-1, 4), edge)
+
+
+def end_of(edge: jax.Array, cell: jax.Array) -> jax.Array:
+    """The edge at which greedy descent through each of the edges [L] of `cell` [L, 4] ends."""
     return jnp.where(cell[:, VISITS] > 0, cell[:, TARGET], edge)
 
 
@@ -337,4 +390,5 @@ def roots(forest: Forest) -> Node:
     """The roots, B of them."""
     node, _ = unpack(forest.table[: forest.batch], forest.num_actions)
     total = 1 + jnp.sum(node.visits, axis=0)
-    return node._replace(value=forest.root_value, total=total, span=forest.span)
+    every = jnp.arange(forest.batch, dtype=jnp.int32)
+    return node._replace(value=forest.root_value, total=total, root=every, span=forest.span)

@@ -74,11 +74,12 @@ def in_sequence(
     batch = forest.batch
     rule, counts = improved_policy(qtransform), jnp.asarray(halving.counts(rounds))
     num_simulations = counts.shape[1]
-    every, first_edge = jnp.ones(batch, bool), jnp.arange(batch) * forest.width
+    every = jnp.ones(batch, bool)
 
     def select(i: jax.Array | int, forest: Forest) -> jax.Array:
         action = next_action(root, qtransform, forests.roots(forest), counts[root.considered, i])
-        return forests.end_of(forest.cells, first_edge + action)
+        edge = forests.first_edges(forest) + action
+        return forests.end_of(edge, forests.root_cells(forest, edge))
 
     def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, edge = loop
@@ -136,8 +137,8 @@ def in_rounds(
 
         def evaluate(slot: jax.Array, forest: Forest) -> Forest:
             some = jax.lax.dynamic_slice_in_dim(actions, slot, width, axis=1)
-            edge = jnp.arange(batch)[:, None] * forest.width + some
-            edge = forests.end_of(forest.cells, edge.T.reshape(-1))
+            edge = (forests.first_edges(forest)[:, None] + some).T.reshape(-1)
+            edge = forests.end_of(edge, forests.root_cells(forest, edge))
             new, embedding = forests.expand(forest, model, i * slots + slot, edge)
             return forests.store(forest, new, embedding, first_row + slot * batch)
 
@@ -163,8 +164,7 @@ def in_rounds(
             forest, returned = forests.backup(
                 forest, first_row + slot * batch, live, rule, max_depth
             )
-            returned = jnp.where(live, returned, 0.0).reshape(width, batch)
-            summed = forest.root_value + jnp.sum(returned, axis=0)
+            summed = forest.root_value + jnp.sum(returned.reshape(width, batch), axis=0)
             return dataclasses.replace(forest, root_value=summed)
 
         forest = in_batches(jnp.max(commit), width, back_up, forest)
@@ -280,7 +280,7 @@ def values_after(forest: Forest, row: jax.Array) -> jax.Array:
     walk = own, forests.number(own[:, forests.RAW])
     cell, returned = jax.lax.while_loop(lambda walk: jnp.any(inside(walk[0])), level, walk)
     edge, reward, discount = parts(cell)
-    above = forests.take(forest.cells, edge)
+    above = forests.root_cells(forest, edge)
     visits = above[:, forests.VISITS]
     value = (forests.number(above[:, forests.VALUE]) * visits + returned) / (visits + 1)
     return reward + discount * value

@@ -14,16 +14,15 @@ from mbrl_jax.search.forest import Forest, Node, Rule
 from mbrl_jax.search.seeds import Model
 
 
-def puct(
-    qtransform: QTransform, pb_c_init: jax.Array | float, pb_c_base: jax.Array | float
-) -> Rule:
-    """The transformed value and the prior's bonus, [A, L].
+def puct(qtransform: QTransform, pb_c_init: jax.Array, pb_c_base: jax.Array) -> Rule:
+    """The transformed value and the prior's bonus, [A, L], with constants [B] of each root.
 
     sqrt(N) (c1 + log((N + c2 + 1) / c2)) p / (n + 1), where N counts the node's own evaluation.
     """
 
     def rule(node: Node) -> jax.Array:
-        factor = pb_c_init + jnp.log((node.total + pb_c_base + 1.0) / pb_c_base)
+        init, base = (forests.take(x, node.root) for x in (pb_c_init, pb_c_base))
+        factor = init + jnp.log((node.total + base + 1.0) / base)
         bonus = (jnp.sqrt(node.total) * factor)[None] * node.prior / (node.visits + 1)
         return forests.transformed(qtransform, node) + bonus
 
@@ -46,12 +45,11 @@ def simulate(
     """
     batch = forest.batch
     every = jnp.ones(batch, bool)
-    first_edges = jnp.arange(batch) * forest.width
 
     def select(forest: Forest) -> jax.Array:
         if forest.span is not None:
             return descend(forest, rule, max_depth)
-        return forests.choose(forest.cells, rule, forests.roots(forest), first_edges)
+        return forests.choose(forest, rule)
 
     def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, target = loop
@@ -85,7 +83,8 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
     def level(loop: Any) -> Any:
         depth, row, value, total, target, going = loop
         node, _ = forests.unpack(forests.take(forest.table, row), forest.num_actions)
-        scores = rule(node._replace(value=value, total=total, span=forest.span))
+        at = node._replace(value=value, total=total, root=root.root, span=forest.span)
+        scores = rule(at)
         edge = row * forest.width + forests.best(scores)
         cell = forests.take(forest.cells, edge)
         target = jnp.where(going, edge, target)

@@ -187,8 +187,9 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
     root_value = (empty.root_value + jnp.sum(visits[0] * qvalues[0], axis=-1)) / total
     prior = jnp.exp(jnp.moveaxis(tree.children_prior_logits, 0, 1))
     node = Node(
-        prior.mT, visits.mT, qvalues.mT, tree.raw_values.T, tree.node_values.T, tree.node_visits.T
-    )
+        prior.mT, visits.mT, qvalues.mT, tree.raw_values.T, tree.node_values.T, tree.node_visits.T,
+        jnp.broadcast_to(lane, parent.shape),
+    )  # fmt: skip
 
     span, depth = None, node_depths(tree).T
     if empty.span is not None:
