@@ -10,7 +10,8 @@ and whether the visits at all roots agree.
 Two more tables. `levels`: what runs one after another in a search on an accelerator, calls of the
 network and turns of the loops that walk the trees, both told from the depths of the nodes, for
 `mlp` and 32 roots (a CPU takes narrower batches, see `halving.CPU`). `seeds`: a search under vmap,
-of 8 seeds with parameters of their own, against one search of as many roots with one seed's.
+of 8 seeds with parameters of their own, against one search of as many roots with one seed's, and
+the same for as many calls of the network alone.
 
 The floor of a search is its network: simulations * batch calls of the recurrent function.
 
@@ -203,20 +204,35 @@ def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> d
     }  # fmt: skip
 
 
+def network(function: str, num_calls: int) -> Callable:
+    """(params, key, state [B, STATE]) -> state, as many calls of the recurrent function later."""
+
+    def run(params: Any, key: jax.Array, state: jax.Array) -> jax.Array:
+        action = jnp.zeros(state.shape[0], jnp.int32)
+        return jax.lax.fori_loop(
+            0, num_calls, lambda _, s: FUNCTIONS[function](params, key, action, s)[1], state
+        )
+
+    return run
+
+
 def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats: int) -> Any:
     """8 seeds of `batch` roots under vmap against 8 times as many roots."""
     number, num_actions = 8, 18
-    run = searched(search, policy, function, num_simulations)
-    params, key, state = arguments(num_actions, number * batch)
+    params, key, state = whole = arguments(num_actions, number * batch)
     own = jax.tree.map(lambda x: jnp.stack([x] * number), params)
     apart = own, jax.random.split(key, number), state.reshape(number, batch, STATE)
-    whole = arguments(num_actions, number * batch)
-    mapped = compiled(jax.vmap(lambda *x: advice(run(*x))), apart)
-    single = compiled(lambda *x: advice(run(*x)), whole)
-    pair = [lambda: single["run"](*whole), lambda: mapped["run"](*apart)]
+
+    def ratio(run: Callable) -> dict[str, Any]:
+        single, mapped = compiled(run, whole)["run"], compiled(jax.vmap(run), apart)["run"]
+        return alternate([lambda: single(*whole), lambda: mapped(*apart)], repeats)
+
+    run = searched(search, policy, function, num_simulations)
     return {
         "policy": policy, "function": function, "seeds": number, "batch": batch,
-        "simulations": num_simulations, "actions": num_actions, **alternate(pair, repeats),
+        "simulations": num_simulations, "actions": num_actions,
+        **ratio(lambda *x: advice(run(*x))),
+        "network_ratio": ratio(network(function, num_simulations))["ratio"],
     }  # fmt: skip
 
 
@@ -242,8 +258,8 @@ LEVELS = [
     "|" + "---|" * 7,
 ]
 SEEDS = [
-    "| policy | function | one search ms | 8 seeds ms | seeds / one |",
-    "|" + "---|" * 5,
+    "| policy | function | one search ms | 8 seeds ms | seeds / one | of the network alone |",
+    "|" + "---|" * 6,
 ]
 
 
@@ -256,7 +272,7 @@ def level_line(row: dict[str, Any]) -> str:
 def seeds_line(row: dict[str, Any]) -> str:
     ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
     cells = [row["policy"].removesuffix("_policy"), row["function"], f"{row['ms']:.3g}",
-             f"{row['other_ms']:.3g}", ratio]  # fmt: skip
+             f"{row['other_ms']:.3g}", ratio, f"{row['network_ratio']:.2f}"]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
