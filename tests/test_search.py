@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from search_worlds import STATES, invalid_of, model, root_of, run, searcher, step_of, world
 
 from mbrl_jax import search
-from mbrl_jax.search import policies
+from mbrl_jax.search import forest, halving, policies
 
 CASES = [
     # simulations, actions, considered, discount, scale, masked, depth
     (1, 1, 16, 0.9, 1.0, False, None),
+    # the last visit of one root falls into a round in which others have two
+    (61, 5, 6, -1.0, 1e-3, True, None),
     (50, 18, 16, 1.0, 1.0, False, None),
     (32, 9, 16, 0.9, 1e-3, True, None),
     (24, 5, 3, 0.9, 1.0, True, 2),
@@ -34,7 +36,33 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gumbel_visits_as_the_reference_does(case):
-    num, actions, most, discount, scale, masked, depth = case
+    gumbel_as_reference(*case)
+
+
+MACHINES = {"alone": halving.Machine(128, 1, 1), "whole": halving.ACCELERATOR}
+
+
+@pytest.mark.parametrize(
+    ("machine", "case"),
+    [
+        ("alone", (24, 5, 3, 0.9, 1.0, True, 2)),
+        ("whole", (50, 18, 16, 1.0, 1.0, True, None)),
+        *(
+            pytest.param(machine, case, marks=pytest.mark.slow)
+            for machine in MACHINES
+            for case in ((61, 5, 6, -1.0, 1e-3, True, None), (50, 18, 16, 1.0, 1.0, False, None))
+        ),
+    ],
+    ids=str,
+)
+def test_batches_of_any_width_make_the_same_visits(machine, case, monkeypatch):
+    """One simulation after the other, and whole rounds; backed up by three lanes."""
+    monkeypatch.setattr(halving, "CPU", MACHINES[machine])
+    monkeypatch.setattr(forest, "WALKERS", 3)
+    gumbel_as_reference(*case)
+
+
+def gumbel_as_reference(num, actions, most, discount, scale, masked, depth):
     params, batch = world(num, actions, discount, scale), 4
     invalid = invalid_of(num, batch, actions) if masked else None
     out = run(search, "gumbel_muzero_policy", params, batch, num, invalid, max_depth=depth,
@@ -50,7 +78,8 @@ def test_gumbel_visits_as_the_reference_does(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_puct_visits_as_the_reference_does(case):
+def test_puct_visits_as_the_reference_does(case, monkeypatch):
+    monkeypatch.setattr(forest, "WALKERS", 3)
     num, actions, _, discount, scale, masked, depth = case
     params, batch = world(num, actions, discount, scale), 4
     invalid = invalid_of(num, batch, actions) if masked else None
@@ -307,10 +336,12 @@ def test_seeds_under_vmap_are_single_searches(policy, masked):
 
 
 @pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
-@pytest.mark.parametrize("seeds", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_no_buffer_is_copied(policy, seeds):
-    """Neither in the loops of one search nor in those of a vmapped one."""
-    batch, num, actions = 8, 40, 7
+@pytest.mark.parametrize(
+    ("batch", "seeds"), [(8, 2), (1, 1), (256, 1), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
+def test_no_buffer_is_copied(policy, batch, seeds):
+    """Neither in the loops of one search nor in those of a vmapped one; nor read on two cores."""
+    num, actions = 40, 7
     params = world(0, actions, 0.9, 1.0)
 
     def one(key):
@@ -328,6 +359,12 @@ def test_no_buffer_is_copied(policy, seeds):
     assert len(loops) > 2
     for part in loops:
         assert not re.search(rf"s32\[({rows},40|{rows * 10},4)\]\S* (copy|select)\(", part)
+    scatter = rf"= s32\[{rows * 10},4\]\S* fusion\(.*/scatter"
+    walks = [part for part in loops if re.search(scatter, part)]
+    assert walks
+    for part in walks:
+        spread = [line for line in part.splitlines() if "outer_dimension_partitions" in line]
+        assert not [line for line in spread if not re.search(scatter, line)]
 
 
 @pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
