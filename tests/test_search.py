@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import mctx
 import numpy as np
 import pytest
 import search_reference as reference
@@ -94,6 +93,7 @@ def test_puct_visits_as_the_reference_does(case, monkeypatch):
 
 def against_mctx(policy, batch, num, worlds, **options):
     """Searches of both libraries in each world, (params, invalid or None)."""
+    mctx = pytest.importorskip("mctx")
     # mctx promotes ranks and uses keys twice
     lenient = (jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False))
     with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
@@ -168,6 +168,7 @@ def test_visits_are_those_of_mctx(policy, batch, num, actions, considered, maske
 
 
 def test_chance_nodes_are_those_of_mctx():
+    mctx = pytest.importorskip("mctx")
     num_actions, outcomes, batch = 5, 3, 6
     params = world(1, num_actions + outcomes, 0.9, 1.0)
 

@@ -6,7 +6,8 @@ action once. Within a phase the order of its visits changes nothing, since simul
 different actions do not meet, so a round is one batch. In the first round of a later phase, fewer
 actions are visited than were considered before, chosen one at a time as their values come in: all
 are evaluated, the choice is replayed with the values now known, and only the chosen are kept. The
-visits are those of one simulation after the other.
+visits are those of one simulation after the other, which is how a search runs whose batches would
+hold one action of each root.
 """
 
 from __future__ import annotations

@@ -191,8 +191,9 @@ def gumbel_muzero_policy(
 
     Args:
       params, rng_key, root, num_simulations, invalid_actions, max_depth: as in `muzero_policy`.
-      recurrent_fn: as there; called with several nodes of each root at once.
-      loop_fn: runs the rounds.
+      recurrent_fn: as there; called with several nodes of each root at once where batches are small
+        (`halving.plan`), and then with more nodes in all than there are simulations.
+      loop_fn: runs the simulations, or the rounds of them.
       qtransform: (tree, node index) -> sigma(completed Q) [A]; must not look beyond the node.
       max_num_considered_actions: sampled without replacement at the root; more than there are
         actions means all of them.
