@@ -91,13 +91,15 @@ def test_puct_visits_as_the_reference_does(case, monkeypatch):
         np.testing.assert_array_equal(out.search_tree.children_visits[i, 0], visits)
 
 
-def against_mctx(policy, batch, num, worlds, **options):
+def against_mctx(policy, batch, num, worlds, machine=halving.CPU, walkers=2, **options):
     """Searches of both libraries in each world, (params, invalid or None)."""
     mctx = pytest.importorskip("mctx")
     # mctx promotes ranks and uses keys twice
     lenient = (jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False))
     with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
         patch.setattr(policies, "TIE_NOISE", 0.0)
+        patch.setattr(halving, "CPU", machine)
+        patch.setattr(forest, "WALKERS", walkers)
         ours, theirs = (searcher(lib, policy, batch, num, **options) for lib in (search, mctx))
         found = [ours(*one) for one in worlds]
         # mctx breaks ties of PUCT by a noise at every visit
@@ -147,15 +149,18 @@ def same_node(ours, theirs, i, a, b):
     batch=st.integers(1, 8), num=st.integers(1, 200), actions=st.integers(1, 82),
     considered=st.integers(1, 20), masked=st.booleans(),
     depth=st.sampled_from([None, None, 1, 2, 5]),
+    machine=st.sampled_from([halving.CPU, *MACHINES.values()]), walkers=st.sampled_from([3, 64]),
     worlds=st.lists(
         st.tuples(st.integers(0, 10_000), st.sampled_from([-1.0, 0.0, 0.9, 1.0]),
                   st.sampled_from([1e-3, 1.0, 1e3]), st.booleans()),
         min_size=3, max_size=3,
     ),
 )  # fmt: skip
-def test_visits_are_those_of_mctx(policy, batch, num, actions, considered, masked, depth, worlds):
+def test_visits_are_those_of_mctx(
+    policy, batch, num, actions, considered, masked, depth, machine, walkers, worlds
+):
     """201 settings, three to a compilation."""
-    options = {"max_depth": depth}
+    options = {"max_depth": depth, "machine": machine, "walkers": walkers}
     if policy == "gumbel_muzero_policy":
         options["max_num_considered_actions"] = considered
     cases = [
