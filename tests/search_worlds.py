@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax import search
+from mbrl_jax.search import halving
 
 STATES = 4_096
+MACHINES = {"alone": halving.Machine(128, 1, 1), "whole": halving.ACCELERATOR}
+"""One simulation after the other, and whole rounds."""
 
 
 def world(seed, num_actions, discount, scale, ties=False):
