@@ -12,6 +12,7 @@ from mbrl_jax.agents import sac
 from mbrl_jax.analysis import stats
 from mbrl_jax.envs import tables
 from mbrl_jax.models import latent, oracle
+from mbrl_jax.nn.distributions import tanh_normal
 from mbrl_jax.nn.networks import ContinuousCritic
 
 
@@ -206,7 +207,8 @@ def test_sampled_search_improves_on_a_short_sac_run():
 
     def candidates(params, obs, key):
         """Half of the policy, half uniform; both are weighed by the policy's density."""
-        policy = learner.policy(params.actor, obs[:, None])
+        plain = learner.policy(params.actor, obs)
+        policy = tanh_normal(plain.mean_before[:, None], plain.log_std[:, None])
         noise = jax.random.normal(key, (obs.shape[0], num // 2, 1))
         drawn = policy.from_noise(noise)[0]
         even = jnp.broadcast_to(jnp.linspace(-0.99, 0.99, num // 2)[:, None], drawn.shape)
@@ -227,7 +229,7 @@ def test_sampled_search_improves_on_a_short_sac_run():
     expand = latent.recurrent_fn(model)
 
     def step(params, key, action, state):
-        out, state = expand(params, jax.random.clone(key), action, state)
+        out, state = expand(params, jax.random.clone(key), env.spec.from_unit(action), state)
         actions, logits = candidates(params.evaluate, state.obs, jax.random.fold_in(key, 1))
         return search.SampledRecurrentFnOutput(
             reward=out.reward, discount=out.discount, value=out.value, actions=actions,
@@ -255,7 +257,7 @@ def test_sampled_search_improves_on_a_short_sac_run():
 
         def one(carry, key):
             act_key, key = jax.random.split(key)
-            action = act(params, act_key, *carry)
+            action = env.spec.from_unit(act(params, act_key, *carry))
             state, after = jax.vmap(env.step)(jax.random.split(key, episodes), carry[0], action)
             return (state, after.obs), after.reward
 
