@@ -20,7 +20,7 @@ from search_worlds import (
 )
 
 from mbrl_jax import search
-from mbrl_jax.search import forest, halving
+from mbrl_jax.search import forest, halving, policies
 
 CASES = [
     # simulations, actions, considered, discount, scale, masked, depth
@@ -85,8 +85,17 @@ def gumbel_as_reference(num, actions, most, discount, scale, masked, depth):
 def test_puct_visits_as_the_reference_does(case, monkeypatch):
     monkeypatch.setattr(forest, "WALKERS", 3)
     num, actions, _, discount, scale, masked, depth = case
-    params, batch = world(num, actions, discount, scale), 4
-    invalid = invalid_of(num, batch, actions) if masked else None
+    invalid = invalid_of(num, 4, actions) if masked else None
+    puct_as_reference(world(num, actions, discount, scale), 4, num, actions, invalid, depth)
+
+
+def test_rounding_does_not_choose_among_equal_values(monkeypatch):
+    """Root 4 of this world sees one value alone, which its mean has to keep to the last bit."""
+    monkeypatch.setattr(policies, "TIE_NOISE", 0.0)
+    puct_as_reference(world(1024, 57, -1.0, 1e-3, ties=True), 5, 38, 57)
+
+
+def puct_as_reference(params, batch, num, actions, invalid=None, depth=None):
     out = run(search, "muzero_policy", params, batch, num, invalid, max_depth=depth)
     logits = np.float64(out.search_tree.children_prior_logits[:, 0])
     for i in range(batch):

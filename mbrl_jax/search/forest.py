@@ -291,10 +291,10 @@ def backup(
     rows = first_row + jnp.arange(num)
     raw = take(forest.cells, (rows + 1) * width - 1)[:, RAW]
 
-    def begin(number: jax.Array) -> jax.Array:
+    def begin(new: jax.Array) -> jax.Array:
         """Lanes at the new nodes of these numbers."""
-        inside = jnp.minimum(number, num - 1)
-        return jnp.stack([number, first_row + inside, take(raw, inside)], axis=-1)
+        inside = jnp.minimum(new, num - 1)
+        return jnp.stack([new, first_row + inside, take(raw, inside)], axis=-1)
 
     def level(walk: Walk) -> Walk:
         new, row, returned = walk.lanes[:, 0], walk.lanes[:, 1], number(walk.lanes[:, 2])

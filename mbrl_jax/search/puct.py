@@ -67,8 +67,10 @@ def simulate(
         forest = forests.store(forest, records, embedding, first_row)
         choice = rule if forest.span is None else None
         forest, returned = forests.backup(forest, first_row, live, choice, max_depth)
-        visits = i + 1.0
-        value = (forest.root_value * visits + returned) / (visits + 1.0)
+        # counted and not i + 2, by which XLA would multiply the reciprocal, not divide: where all
+        # values are equal, the last bit of a mean chooses among the actions
+        total = forests.roots(forest).total
+        value = (forest.root_value * (total - 1) + returned) / total
         forest = dataclasses.replace(forest, root_value=jnp.where(live, value, forest.root_value))
         return forest, select(forest)
 
