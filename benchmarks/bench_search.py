@@ -8,15 +8,22 @@ time: of both sides the seconds of tracing and compilation and the temporary mem
 and whether the visits at all roots agree.
 
 Two more tables. `levels`: what runs one after another in a search on an accelerator, calls of the
-network and turns of the loops that walk the trees, both told from the depths of the nodes, for
-`mlp` and 32 roots (a CPU takes narrower batches, see `halving.CPU`). `seeds`: a search under vmap,
-of 8 seeds with parameters of their own, against one search of as many roots with one seed's, and
-the same for as many calls of the network alone.
+network and levels that walks of the trees take, both told from the depths of the nodes, for `mlp`
+and 32 roots (a CPU takes narrower batches, see `halving.CPU`); and, where there is an accelerator,
+the kernels that a profile of one search counts, copies among them, and how often the host waits for
+a number. `seeds`: a search under vmap, of 8 seeds with parameters of their own, against one search
+of as many roots with one seed's, and the same for as many calls of the network alone.
 
 The floor of a search is its network: simulations * batch calls of the recurrent function.
 
     python benchmarks/bench_search.py
     python benchmarks/bench_search.py --batches 1 32 --simulations 16 50
+
+Most of the time is compilation. With `--processes` programs are compiled side by side, while
+measurements still take turns; on an accelerator tuning then has to be off, since it measures too:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
+        python benchmarks/bench_search.py --processes 14 --name bench_search_h100
 
 mctx comes with the extra `dev`, or `peers`. Writes benchmarks/results/bench_search.json.
 """
@@ -24,12 +31,18 @@ mctx comes with the extra `dev`, or `peers`. Writes benchmarks/results/bench_sea
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +52,7 @@ import jax.numpy as jnp
 import mctx
 import numpy as np
 from peer_process import timed
+from search_models import FUNCTIONS, STATE, weights
 
 from mbrl_jax import search
 from mbrl_jax.runtime.logs import describe_machine
@@ -47,60 +61,12 @@ from mbrl_jax.search.trees import node_depths
 
 HERE = Path(__file__).parent
 POLICIES = ("gumbel_muzero_policy", "muzero_policy")
-STATE, HIDDEN, LEAST_SECONDS = 64, 128, 0.05
-
-
-def weights(num_actions: int) -> dict[str, jax.Array]:
-    """Of all three recurrent functions."""
-    shapes = {
-        "first": (STATE + num_actions, STATE), "second": (STATE, STATE),
-        "policy": (STATE, num_actions), "value": (STATE,), "reward": (STATE,),
-        "wide": (STATE + num_actions, HIDDEN), "blocks": (4, 2, HIDDEN, HIDDEN),
-        "narrow": (HIDDEN, STATE),
-    }  # fmt: skip
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {
-        name: jax.random.normal(key, shape) / math.sqrt(shape[-2] if len(shape) > 1 else shape[0])
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def heads(params: dict[str, jax.Array], state: jax.Array) -> tuple[Any, jax.Array]:
-    out = search.RecurrentFnOutput(
-        reward=state @ params["reward"], discount=jnp.full(state.shape[:1], 0.97),
-        prior_logits=3.0 * state @ params["policy"], value=state @ params["value"],
-    )  # fmt: skip
-    return out, state
-
-
-def trivial(params: Any, key: jax.Array, action: jax.Array, state: jax.Array) -> Any:
-    num = jnp.arange(params["policy"].shape[1])
-    state = 0.99 * jnp.roll(state, 1, axis=-1) + 0.1 * (0.37 * action[:, None] % 1.0)
-    logits = 2.0 * state[:, :1] * jnp.sin(1.7 * num)[None] + jnp.cos(1.0 * num)[None]
-    out = search.RecurrentFnOutput(
-        reward=state[:, 0], discount=jnp.full(action.shape, 0.97), prior_logits=logits,
-        value=state[:, 1],
-    )  # fmt: skip
-    return out, state
-
-
-def with_action(params: Any, action: jax.Array, state: jax.Array) -> jax.Array:
-    return jnp.concatenate([state, jax.nn.one_hot(action, params["policy"].shape[1])], axis=-1)
-
-
-def mlp(params: Any, key: jax.Array, action: jax.Array, state: jax.Array) -> Any:
-    hidden = jax.nn.relu(with_action(params, action, state) @ params["first"])
-    return heads(params, jnp.tanh(hidden @ params["second"]))
-
-
-def residual(params: Any, key: jax.Array, action: jax.Array, state: jax.Array) -> Any:
-    hidden = with_action(params, action, state) @ params["wide"]
-    for first, second in params["blocks"]:
-        hidden = hidden + jax.nn.relu(jax.nn.relu(hidden) @ first) @ second
-    return heads(params, jnp.tanh(hidden @ params["narrow"]))
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {"trivial": trivial, "mlp": mlp, "residual": residual}
+LEAST_SECONDS = 0.05
+MANY, MOST_EDGES = 800, 5_000
+"""Simulations that an accelerator is asked for too, with `trivial` and so many edges of roots at
+most, beyond which a search of mctx takes minutes."""
+alone: Any = contextlib.nullcontext()
+"""Held while something is measured: a lock where processes share the machine."""
 
 
 def searched(library: ModuleType, policy: str, function: str, num_simulations: int) -> Callable:
@@ -121,7 +87,7 @@ def advice(output: Any) -> tuple[jax.Array, ...]:
 
 
 def arguments(num_actions: int, batch: int) -> tuple[Any, ...]:
-    state = jax.random.normal(jax.random.key(1), (batch, STATE))
+    state = jnp.float32(np.random.default_rng(1).standard_normal((batch, STATE)))
     return weights(num_actions), jax.random.key(2), state
 
 
@@ -159,11 +125,12 @@ def cell(
     args = arguments(num_actions, batch)
     runs = [searched(library, policy, function, num_simulations) for library in (search, mctx)]
     sides = [compiled(lambda *x, run=run: advice(run(*x)), args) for run in runs]
-    visits = [np.asarray(one["run"](*args)[2]) for one in sides]
+    with alone:
+        visits = [np.asarray(one["run"](*args)[2]) for one in sides]
+        times = alternate([lambda one=one: one["run"](*args) for one in sides], repeats)
     row = {
         "policy": policy, "function": function, "batch": batch, "simulations": num_simulations,
-        "actions": num_actions,
-        **alternate([lambda one=one: one["run"](*args) for one in sides], repeats),
+        "actions": num_actions, **times,
         "same_visits": float((visits[0] == visits[1]).all(axis=-1).mean()),
         **{name: sides[0][name] for name in ("compile_s", "temp_mb")},
         **{f"mctx_{name}": sides[1][name] for name in ("compile_s", "temp_mb")},
@@ -172,14 +139,36 @@ def cell(
     return row
 
 
+def launched(run: Callable[[], Any]) -> tuple[int, int]:
+    """Kernels that one run starts on the accelerator, copies among them; numbers the host reads."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        names = [
+            event.name for plane in planes if plane.name.startswith("/device:")
+            for line in plane.lines if line.name.startswith("Stream") for event in line.events
+        ]  # fmt: skip
+    read = sum("D2H" in name for name in names)
+    return len(names) - read, read
+
+
 def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> dict[str, Any]:
-    """Calls of the network and turns of loops, one after another, of both libraries."""
+    """Calls of the network, levels and kernels, one after another, of both libraries."""
     args = arguments(num_actions, batch)
-    depth = []
-    for library in (search, mctx):
+    depth, counted = [], {}
+    for name, library in (("", search), ("mctx_", mctx)):
         run = searched(library, policy, "mlp", num_simulations)
-        tree = jax.jit(lambda *x, run=run: run(*x).search_tree)(*args)
-        depth.append(np.asarray(node_depths(tree))[:, 1:].max(axis=0))
+        tree = compiled(lambda *x, run=run: run(*x).search_tree, args)["run"]
+        with alone:
+            depth.append(np.asarray(node_depths(tree(*args)))[:, 1:].max(axis=0))
+        if jax.default_backend() != "cpu":
+            ready = compiled(lambda *x, run=run: advice(run(*x)), args)["run"]
+            with alone:
+                jax.block_until_ready(ready(*args))
+                found = launched(lambda ready=ready: ready(*args))
+            counted |= {f"{name}kernels": found[0], f"{name}host_reads": found[1]}
     # down to the leaf and up again, for the deepest of the roots
     theirs = int(2 * depth[1].sum())
     calls, own = num_simulations, int(depth[0].sum())
@@ -201,6 +190,7 @@ def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> d
     return {
         "policy": policy, "batch": batch, "simulations": num_simulations, "actions": num_actions,
         "calls": calls, "mctx_calls": num_simulations, "levels": own, "mctx_levels": theirs,
+        **counted,
     }  # fmt: skip
 
 
@@ -225,7 +215,8 @@ def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats:
 
     def ratio(run: Callable) -> dict[str, Any]:
         single, mapped = compiled(run, whole)["run"], compiled(jax.vmap(run), apart)["run"]
-        return alternate([lambda: single(*whole), lambda: mapped(*apart)], repeats)
+        with alone:
+            return alternate([lambda: single(*whole), lambda: mapped(*apart)], repeats)
 
     run = searched(search, policy, function, num_simulations)
     return {
@@ -254,8 +245,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 LEVELS = [
-    "| policy | simulations | actions | calls | mctx | levels | mctx |",
-    "|" + "---|" * 7,
+    "| policy | simulations | actions | calls | mctx | levels | mctx | kernels | mctx "
+    "| host reads | mctx |",
+    "|" + "---|" * 11,
 ]
 SEEDS = [
     "| policy | function | one search ms | 8 seeds ms | seeds / one | of the network alone |",
@@ -264,8 +256,9 @@ SEEDS = [
 
 
 def level_line(row: dict[str, Any]) -> str:
-    names = ("simulations", "actions", "calls", "mctx_calls", "levels", "mctx_levels")
-    cells = [row["policy"].removesuffix("_policy"), *(row[name] for name in names)]
+    own = "calls", "levels", "kernels", "host_reads"
+    names = ["simulations", "actions", *(x for name in own for x in (name, f"mctx_{name}"))]
+    cells = [row["policy"].removesuffix("_policy"), *(row.get(name, "") for name in names)]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -300,6 +293,33 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def worker(lock: Any) -> None:
+    global alone
+    alone = lock
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def measured(task: tuple[Any, ...]) -> dict[str, Any]:
+    function, *sizes = task
+    row = function(*sizes)
+    jax.clear_caches()
+    return row
+
+
+def rows(tasks: list[tuple[Any, ...]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbers of tasks (function, *its arguments) and what they give, as it comes."""
+    if processes == 1:
+        worker(alone)
+        yield from ((i, measured(task)) for i, task in enumerate(tasks))
+        return
+    # started anew, since a fork of a process that has started XLA may hang
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, worker, (spawn.Lock(),)) as pool:
+        waiting = {pool.submit(measured, task): i for i, task in enumerate(tasks)}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
@@ -308,32 +328,46 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, nargs="+", default=[16, 50, 128])
     parser.add_argument("--actions", type=int, nargs="+", default=[4, 18, 82])
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--name", default="bench_search")
     args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    record: dict[str, Any] = {"made": describe_machine(), "rows": [], "levels": [], "seeds": []}
+    made, found = describe_machine(), {}
+    made["versions"]["mctx"] = importlib.metadata.version("mctx")
+    made["xla_flags"] = os.environ.get("XLA_FLAGS", "")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_search.json"
+    path = args.out / f"{args.name}.json"
 
-    def keep(table: str, row: dict[str, Any], line: str) -> None:
-        record[table].append(row)
+    tables = {
+        seeds: ("seeds", SEEDS, seeds_line),
+        levels: ("levels", LEVELS, level_line),
+        cell: ("rows", HEADER, line),
+    }
+    most = args.simulations[-1]
+    tasks: list[tuple[Any, ...]] = [
+        *((seeds, *names, 32, most, args.repeats)
+          for names in itertools.product(args.policies, args.functions)),
+        *((levels, policy, 32, *sizes)
+          for policy, *sizes in itertools.product(args.policies, args.simulations, args.actions)),
+        *((cell, *sizes, args.repeats) for sizes in itertools.product(
+            args.policies, args.functions, args.batches, args.simulations, args.actions)),
+    ]  # fmt: skip
+    if jax.default_backend() != "cpu" and "trivial" in args.functions:
+        tasks += [
+            (cell, policy, "trivial", batch, MANY, num_actions, args.repeats)
+            for policy, batch, num_actions in itertools.product(
+                args.policies, args.batches, args.actions
+            )
+            if batch * num_actions <= MOST_EDGES
+        ]
+    for i, row in rows(tasks, args.processes):
+        found[i] = row
+        record: dict[str, Any] = {"made": made, "rows": [], "levels": [], "seeds": []}
+        for n in sorted(found):
+            record[tables[tasks[n][0]][0]].append(found[n])
         path.write_text(json.dumps(record, indent=1) + "\n")
-        print(line, flush=True)
-        jax.clear_caches()
-
-    for policy, function in itertools.product(args.policies, args.functions):
-        row = seeds(policy, function, 32, args.simulations[-1], args.repeats)
-        keep("seeds", row, seeds_line(row))
-    for policy, *sizes in itertools.product(args.policies, args.simulations, args.actions):
-        row = levels(policy, 32, *sizes)
-        keep("levels", row, level_line(row))
-    for cells in itertools.product(
-        args.policies, args.functions, args.batches, args.simulations, args.actions
-    ):
-        row = cell(*cells, args.repeats)
-        keep("rows", row, line(row))
-    tables = (HEADER, line, "rows"), (LEVELS, level_line, "levels"), (SEEDS, seeds_line, "seeds")
-    for header, form, name in tables:
+        print(tables[tasks[i][0]][2](row), flush=True)
+    for name, header, form in tables.values():
         print("\n".join(["", *header, *map(form, record[name])]))
     print("\n".join(["", *summary(record["rows"]), f"\nwritten: {path}"]))
 

@@ -8,7 +8,7 @@ from mbrl_jax import search
 from mbrl_jax.search import halving
 
 STATES = 4_096
-MACHINES = {"alone": halving.Machine(128, 1, 1), "whole": halving.ACCELERATOR}
+MACHINES = {"alone": halving.Machine(128, 1, 1), "whole": halving.Machine(16384, 16384, 1024)}
 """One simulation after the other, and whole rounds."""
 
 

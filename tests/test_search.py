@@ -89,6 +89,17 @@ def test_puct_visits_as_the_reference_does(case, monkeypatch):
     puct_as_reference(world(num, actions, discount, scale), 4, num, actions, invalid, depth)
 
 
+@pytest.mark.parametrize("as_reference", ["gumbel", "puct"])
+def test_accelerators_make_the_same_visits(as_reference, monkeypatch):
+    """Their batches are others, all of one is backed up at once, and a turn is two levels."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    if as_reference == "gumbel":
+        gumbel_as_reference(50, 18, 16, 1.0, 1.0, True, None)
+    else:
+        params = world(3, 9, 0.9, 1.0)
+        puct_as_reference(params, 4, 32, 9, invalid_of(3, 4, 9))
+
+
 def test_rounding_does_not_choose_among_equal_values(monkeypatch):
     """Root 4 of this world sees one value alone, which its mean has to keep to the last bit."""
     monkeypatch.setattr(policies, "TIE_NOISE", 0.0)

@@ -71,7 +71,8 @@ def same_node(ours, theirs, i, a, b):
     batch=st.integers(1, 8), num=st.integers(1, 200), actions=st.integers(1, 82),
     considered=st.integers(1, 20), masked=st.booleans(),
     depth=st.sampled_from([None, None, 1, 2, 5]),
-    machine=st.sampled_from([halving.CPU, *MACHINES.values()]), walkers=st.sampled_from([3, 64]),
+    machine=st.sampled_from([halving.CPU, halving.ACCELERATOR, *MACHINES.values()]),
+    walkers=st.sampled_from([3, 64]),
     worlds=st.lists(
         st.tuples(st.integers(0, 10_000), st.sampled_from([-1.0, 0.0, 0.9, 1.0]),
                   st.sampled_from([1e-3, 1.0, 1e3]), st.booleans()),

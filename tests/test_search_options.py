@@ -19,16 +19,17 @@ def reference_root(params, logits, i):
 
 
 @pytest.mark.parametrize(
-    ("num", "actions", "scale", "masked", "depth"),
+    ("num", "actions", "scale", "masked", "depth", "backend"),
     [
-        pytest.param(50, 6, 1.0, False, None, marks=pytest.mark.slow),
-        (40, 9, 1e3, True, None),
-        pytest.param(30, 4, 1e-3, False, 3, marks=pytest.mark.slow),
+        pytest.param(50, 6, 1.0, False, None, "cpu", marks=pytest.mark.slow),
+        (40, 9, 1e3, True, None, "cpu"),
+        (30, 4, 1e-3, False, 3, "gpu"),
     ],
 )
 def test_puct_by_the_range_of_the_tree_visits_as_the_reference_does(
-    num, actions, scale, masked, depth
+    num, actions, scale, masked, depth, backend, monkeypatch
 ):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     params, batch = world(num, actions, 0.9, scale), 4
     invalid = invalid_of(num, batch, actions) if masked else np.zeros((batch, actions), bool)
     out = run(search, "muzero_policy", params, batch, num, invalid, max_depth=depth,

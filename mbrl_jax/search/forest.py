@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -341,16 +341,35 @@ def backup(
     widths = (4, 4) if rule is None else (4, 4, 4 * width)
     scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
     start = Walk(forest.table, begin(jnp.arange(walkers)), jnp.zeros(num), forest.span, scratch)
-    walk = jax.lax.while_loop(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
+    walk = climbed(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
     return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns
+
+
+Lanes = TypeVar("Lanes")
+
+
+def climbed(
+    going: Callable[[Lanes], jax.Array], level: Callable[[Lanes], Lanes], start: Lanes
+) -> Lanes:
+    """`level` of `start`, again and again while lanes are `going`; it leaves idle ones alone.
+
+    An accelerator waits for its host before each turn of the loop, so that a turn is two levels.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.while_loop(going, level, start)
+    return jax.lax.while_loop(going, lambda lanes: level(level(lanes)), start)
 
 
 def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x [R, C] at index [L], [L, C], by way of scratch [L + 1, C], which a loop carries; and that.
 
-    XLA takes a gather for a pass over all of x and spreads it over a CPU's threads, which costs
-    more than the few rows do. An update of a slice, here of all but one row, it does not spread.
+    On an accelerator XLA would move the gather into the write that follows, which then copies all
+    of x. On a CPU it takes a gather for a pass over all of x and spreads it over threads, which
+    costs more than the few rows do. An update of a slice, here of all but one row, it does not
+    spread.
     """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(take(x, index)), scratch
     scratch = jax.lax.dynamic_update_slice(scratch, take(x, index), (0, 0))
     return scratch[:-1], scratch
 

@@ -119,7 +119,8 @@ def in_rounds(
     last = jnp.max(jnp.asarray(rounds.total)[root.considered])
 
     def in_batches(number: jax.Array, width: int, body: Any, carry: Any) -> Any:
-        if most <= width:
+        # on an accelerator XLA turns the table's axes around for what is not in a loop
+        if most <= width and jax.default_backend() == "cpu":
             return body(jnp.int32(0), carry)
         return loop_fn(0, -(-number // width), lambda n, x: body(n * width, x), carry)
 
@@ -278,7 +279,7 @@ def values_after(forest: Forest, row: jax.Array) -> jax.Array:
 
     own = node_cell(row)
     walk = own, forests.number(own[:, forests.RAW])
-    cell, returned = jax.lax.while_loop(lambda walk: jnp.any(inside(walk[0])), level, walk)
+    cell, returned = forests.climbed(lambda walk: jnp.any(inside(walk[0])), level, walk)
     edge, reward, discount = parts(cell)
     above = forests.root_cells(forest, edge)
     visits = above[:, forests.VISITS]

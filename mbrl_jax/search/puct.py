@@ -97,4 +97,4 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
 
     row, root = jnp.arange(forest.batch, dtype=jnp.int32), forests.roots(forest)
     start = jnp.int32(0), row, root.value, root.total, row, jnp.ones(forest.batch, bool)
-    return jax.lax.while_loop(lambda loop: jnp.any(loop[-1]), level, start)[4]
+    return forests.climbed(lambda loop: jnp.any(loop[-1]), level, start)[4]
