@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from search_worlds import MACHINES, invalid_of, searcher, world
 
 from mbrl_jax import search
-from mbrl_jax.search import forest, halving, policies
+from mbrl_jax.search import halving, policies, walks
 
 mctx = pytest.importorskip("mctx")
 
@@ -21,7 +21,7 @@ def against_mctx(policy, batch, num, worlds, machine=halving.CPU, walkers=2, **o
     with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
         patch.setattr(policies, "TIE_NOISE", 0.0)
         patch.setattr(halving, "CPU", machine)
-        patch.setattr(forest, "WALKERS", walkers)
+        patch.setattr(walks, "WALKERS", walkers)
         ours, theirs = (searcher(lib, policy, batch, num, **options) for lib in (search, mctx))
         found = [ours(*one) for one in worlds]
         # mctx breaks ties of PUCT by a noise at every visit

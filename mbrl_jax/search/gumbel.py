@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.search import forest as forests
-from mbrl_jax.search import halving
+from mbrl_jax.search import halving, walks
 from mbrl_jax.search.base import LoopFn, QTransform
 from mbrl_jax.search.forest import Forest, Node, Rule
 from mbrl_jax.search.seeds import Model
@@ -86,7 +86,7 @@ def in_sequence(
         new, embedding = forests.expand(forest, model, i, edge)
         first_row = (i + 1) * batch
         forest = forests.store(forest, new, embedding, first_row)
-        forest, returned = forests.backup(forest, first_row, every, rule, max_depth)
+        forest, returned = walks.backup(forest, first_row, every, rule, max_depth)
         forest = dataclasses.replace(forest, root_value=forest.root_value + returned)
         return forest, select(jnp.minimum(i + 1, num_simulations - 1), forest)
 
@@ -162,9 +162,7 @@ def in_rounds(
 
         def back_up(slot: jax.Array, forest: Forest) -> Forest:
             live = (slot + jnp.arange(width)[:, None] < commit[None]).reshape(-1)
-            forest, returned = forests.backup(
-                forest, first_row + slot * batch, live, rule, max_depth
-            )
+            forest, returned = walks.backup(forest, first_row + slot * batch, live, rule, max_depth)
             summed = forest.root_value + jnp.sum(returned.reshape(width, batch), axis=0)
             return dataclasses.replace(forest, root_value=summed)
 
@@ -279,7 +277,7 @@ def values_after(forest: Forest, row: jax.Array) -> jax.Array:
 
     own = node_cell(row)
     walk = own, forests.number(own[:, forests.RAW])
-    cell, returned = forests.climbed(lambda walk: jnp.any(inside(walk[0])), level, walk)
+    cell, returned = walks.walked(lambda walk: jnp.any(inside(walk[0])), level, walk)
     edge, reward, discount = parts(cell)
     above = forests.root_cells(forest, edge)
     visits = above[:, forests.VISITS]

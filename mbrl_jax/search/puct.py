@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.search import forest as forests
+from mbrl_jax.search import walks
 from mbrl_jax.search.base import LoopFn, QTransform
 from mbrl_jax.search.forest import Forest, Node, Rule
 from mbrl_jax.search.seeds import Model
@@ -66,7 +67,7 @@ def simulate(
             )  # fmt: skip
         forest = forests.store(forest, records, embedding, first_row)
         choice = rule if forest.span is None else None
-        forest, returned = forests.backup(forest, first_row, live, choice, max_depth)
+        forest, returned = walks.backup(forest, first_row, live, choice, max_depth)
         # counted and not i + 2, by which XLA would multiply the reciprocal, not divide: where all
         # values are equal, the last bit of a mean chooses among the actions
         total = forests.roots(forest).total
@@ -97,4 +98,4 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
 
     row, root = jnp.arange(forest.batch, dtype=jnp.int32), forests.roots(forest)
     start = jnp.int32(0), row, root.value, root.total, row, jnp.ones(forest.batch, bool)
-    return forests.climbed(lambda loop: jnp.any(loop[-1]), level, start)[4]
+    return walks.walked(lambda loop: jnp.any(loop[-1]), level, start)[4]

@@ -1,0 +1,142 @@
+"""Walks of many lanes through the trees: the backup, from new nodes up to the roots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mbrl_jax.search.forest import (
+    DISCOUNT,
+    PARENT,
+    RAW,
+    REWARD,
+    VALUE,
+    VISITS,
+    Forest,
+    Rule,
+    best,
+    bits,
+    end_of,
+    number,
+    take,
+    unpack,
+)
+
+WALKERS = 64
+"""New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
+Accelerators take all."""
+
+
+class Walk(NamedTuple):
+    """Lanes on their way from new nodes to the roots."""
+
+    table: jax.Array  # [R, 4 W] of the forest
+    lanes: jax.Array  # [L, 3] number of the new node, row, bits of the return so far
+    returns: jax.Array  # [new nodes] at the roots, 0 before they are known
+    span: jax.Array | None  # of the forest
+    scratch: list[jax.Array]  # see `fetched`
+
+
+def backup(
+    forest: Forest, first_row: Any, live: jax.Array, rule: Rule | None, max_depth: int
+) -> tuple[Forest, jax.Array]:
+    """Carries the raw values of new nodes up to the roots, which stay as they are.
+
+    The new nodes are the rows from `first_row` on; those that are not `live` [new nodes] change
+    nothing. In a forest with a span there is one for each root. `rule` chooses the edges' targets;
+    None where no lookup will follow. -> the forest, and the returns at the roots [new nodes], 0
+    where not live.
+    """
+    batch, width, num = forest.batch, forest.width, live.shape[0]
+    most = num if forest.span is not None or jax.default_backend() != "cpu" else WALKERS
+    # one has another beside it that has nothing to do, since XLA makes a write of one row a slice
+    # update that copies the table
+    walkers = max(min(most, num), 2)
+    rows = first_row + jnp.arange(num)
+    raw = take(forest.cells, (rows + 1) * width - 1)[:, RAW]
+
+    def begin(new: jax.Array) -> jax.Array:
+        """Lanes at the new nodes of these numbers."""
+        inside = jnp.minimum(new, num - 1)
+        return jnp.stack([new, first_row + inside, take(raw, inside)], axis=-1)
+
+    def level(walk: Walk) -> Walk:
+        new, row, returned = walk.lanes[:, 0], walk.lanes[:, 1], number(walk.lanes[:, 2])
+        cells, span, scratch = walk.table.reshape(-1, 4), walk.span, list(walk.scratch)
+        busy = live.at[new].get(mode="fill", fill_value=False)
+        if rule is None:
+            own, scratch[0] = fetched(cells, (row + 1) * width - 1, scratch[0])
+        else:
+            whole, scratch[2] = fetched(walk.table, row, scratch[2])
+            node, own = unpack(whole, forest.num_actions)
+        above = own[:, PARENT]
+        cell, scratch[1] = fetched(cells, above, scratch[1])
+        visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
+        value = (before * cell[:, VISITS] + returned) / visits
+        reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
+        qvalue = reward + discount * value
+        if span is not None:
+            wider = jnp.minimum(span[0], qvalue), jnp.maximum(span[1], qvalue)
+            span = jnp.where(busy[None], jnp.stack(wider), span)
+        target = row
+        if rule is not None:
+            node = node._replace(value=value, total=visits, root=row % batch)
+            edge = row * width + best(rule(node))
+            found, scratch[0] = fetched(cells, edge, scratch[0])
+            target = end_of(edge, found)
+            if forest.depth is not None:
+                # descent ends above a node that is as deep as allowed: its edge is taken once more
+                target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
+        cell = jnp.stack([visits, bits(qvalue), bits(value), target], axis=-1)
+        # lanes that have nothing to carry write beyond the end, which drops what they write
+        index = jnp.where(busy, above, cells.shape[0])
+        cells = cells.at[index].set(cell, mode="drop", unique_indices=True)
+
+        up, returned = above // width, reward + discount * returned
+        arrived = busy & (up < batch)
+        returns = walk.returns.at[jnp.where(arrived, new, num)].set(
+            returned, mode="drop", unique_indices=True
+        )
+        moved = jnp.stack([new, up, bits(returned)], axis=-1)
+        # a lane that is done takes up the next of its share
+        lanes = jnp.where((arrived | ~busy)[:, None], begin(new + walkers), moved)
+        return Walk(cells.reshape(walk.table.shape), lanes, returns, span, scratch)
+
+    widths = (4, 4) if rule is None else (4, 4, 4 * width)
+    scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
+    start = Walk(forest.table, begin(jnp.arange(walkers)), jnp.zeros(num), forest.span, scratch)
+    walk = walked(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
+    return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns
+
+
+Lanes = TypeVar("Lanes")
+
+
+def walked(
+    going: Callable[[Lanes], jax.Array], level: Callable[[Lanes], Lanes], start: Lanes
+) -> Lanes:
+    """`level` of `start`, again and again while lanes are `going`; it leaves idle ones alone.
+
+    An accelerator waits for its host before each turn of the loop, so that a turn is two levels.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.while_loop(going, level, start)
+    return jax.lax.while_loop(going, lambda lanes: level(level(lanes)), start)
+
+
+def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [R, C] at index [L], [L, C], by way of scratch [L + 1, C], which a loop carries; and that.
+
+    On an accelerator XLA would move the gather into the write that follows, which then copies all
+    of x. On a CPU it takes a gather for a pass over all of x and spreads it over threads, which
+    costs more than the few rows do. An update of a slice, here of all but one row, it does not
+    spread.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier(take(x, index)), scratch
+    scratch = jax.lax.dynamic_update_slice(scratch, take(x, index), (0, 0))
+    return scratch[:-1], scratch
