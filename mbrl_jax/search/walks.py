@@ -29,6 +29,8 @@ from mbrl_jax.search.forest import (
 WALKERS = 64
 """New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
 Accelerators take all."""
+SMALL = 2**18
+"""Bytes of a table from which XLA takes no rows on several threads."""
 
 
 class Walk(NamedTuple):
@@ -36,7 +38,7 @@ class Walk(NamedTuple):
 
     table: jax.Array  # [R, 4 W] of the forest
     lanes: jax.Array  # [L, 3] number of the new node, row, bits of the return so far
-    returns: jax.Array  # [new nodes] at the roots, 0 before they are known
+    returns: jax.Array  # [new nodes, or L if that is more] at the roots, 0 before they are known
     span: jax.Array | None  # of the forest
     scratch: list[jax.Array]  # see `fetched`
 
@@ -98,19 +100,25 @@ def backup(
 
         up, returned = above // width, reward + discount * returned
         arrived = busy & (up < batch)
-        returns = walk.returns.at[jnp.where(arrived, new, num)].set(
-            returned, mode="drop", unique_indices=True
-        )
-        moved = jnp.stack([new, up, bits(returned)], axis=-1)
-        # a lane that is done takes up the next of its share
-        lanes = jnp.where((arrived | ~busy)[:, None], begin(new + walkers), moved)
+        done = arrived | ~busy
+        following = jnp.where(done, new + walkers, new)
+        lanes = jnp.stack([following, up, bits(returned)], axis=-1)
+        if walkers < num:
+            returns = walk.returns.at[jnp.where(arrived, new, num)].set(
+                returned, mode="drop", unique_indices=True
+            )
+            # a lane that is done takes up the next of its share
+            lanes = jnp.where(done[:, None], begin(following), lanes)
+        else:
+            returns = jnp.where(arrived, returned, walk.returns)
         return Walk(cells.reshape(walk.table.shape), lanes, returns, span, scratch)
 
     widths = (4, 4) if rule is None else (4, 4, 4 * width)
     scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
-    start = Walk(forest.table, begin(jnp.arange(walkers)), jnp.zeros(num), forest.span, scratch)
+    returns = jnp.zeros(max(walkers, num))
+    start = Walk(forest.table, begin(jnp.arange(walkers)), returns, forest.span, scratch)
     walk = walked(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
-    return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns
+    return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns[:num]
 
 
 Lanes = TypeVar("Lanes")
@@ -134,9 +142,11 @@ def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Arr
     On an accelerator XLA would move the gather into the write that follows, which then copies all
     of x. On a CPU it takes a gather for a pass over all of x and spreads it over threads, which
     costs more than the few rows do. An update of a slice, here of all but one row, it does not
-    spread.
+    spread; nor a small x.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.optimization_barrier(take(x, index)), scratch
+    if x.nbytes <= SMALL:
+        return take(x, index), scratch
     scratch = jax.lax.dynamic_update_slice(scratch, take(x, index), (0, 0))
     return scratch[:-1], scratch
