@@ -60,9 +60,10 @@ def test_gumbel_visits_as_the_reference_does(case):
     ids=str,
 )
 def test_batches_of_any_width_make_the_same_visits(machine, case, monkeypatch):
-    """One simulation after the other, and whole rounds; backed up by three lanes."""
+    """One simulation after the other, and whole rounds; three lanes back up a large table."""
     monkeypatch.setattr(halving, "CPU", MACHINES[machine])
     monkeypatch.setattr(walks, "WALKERS", 3)
+    monkeypatch.setattr(walks, "SMALL", 0)
     gumbel_as_reference(*case)
 
 
@@ -84,6 +85,7 @@ def gumbel_as_reference(num, actions, most, discount, scale, masked, depth):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_puct_visits_as_the_reference_does(case, monkeypatch):
     monkeypatch.setattr(walks, "WALKERS", 3)
+    monkeypatch.setattr(walks, "SMALL", 0)
     num, actions, _, discount, scale, masked, depth = case
     invalid = invalid_of(num, 4, actions) if masked else None
     puct_as_reference(world(num, actions, discount, scale), 4, num, actions, invalid, depth)

@@ -77,7 +77,7 @@ class Machine(NamedTuple):
 # measured: wider batches gain little time, and their temporary memory is more than the trees'
 CPU = Machine(latency=128, lanes=32, actions=4)
 # measured on an H100: a smaller batch is launches, and takes as long; batches of more actions gain
-# nothing, and their temporary memory may be more than the trees'
+# little, and their temporary memory may be more than the trees'
 ACCELERATOR = Machine(latency=16_384, lanes=16_384, actions=8)
 
 

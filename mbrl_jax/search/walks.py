@@ -30,7 +30,7 @@ WALKERS = 64
 """New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
 Accelerators take all."""
 SMALL = 2**18
-"""Bytes of a table from which XLA takes no rows on several threads."""
+"""Bytes of a table up to which XLA takes its rows on one thread."""
 
 
 class Walk(NamedTuple):
