@@ -45,9 +45,8 @@ import peer_process
 from peer_process import Peer, timed
 
 from mbrl_jax import planning
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import dynamics, ensemble, fit, rollout
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, Transition
 
 HERE = Path(__file__).parent
 SIZES = {"obs": 17, "act": 6, "hidden": [200] * 4, "members": 7, "elites": 5, "batch": 256}

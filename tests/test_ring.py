@@ -14,9 +14,9 @@ from scipy import stats
 from test_structure import copies_in_loops, primitives
 
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import Cursor, Transition
+from mbrl_jax.data.ring import Cursor
 from mbrl_jax.data.rows import Layout
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import EnvSpec, InputError, Transition
 
 MIXED = {
     "pixels": jax.ShapeDtypeStruct((2, 3), "uint8"),
@@ -215,7 +215,7 @@ def slow_n_step(steps, t, env, n, gamma):
 def test_n_step_equals_a_slow_loop(n):
     length, num_envs, kept = 60, 2, 37
     steps = stream(np.random.default_rng(n), length, num_envs)
-    made = ring.make(ring.transition_example(SPEC), kept * num_envs, num_envs)
+    made = ring.make(Transition.example(SPEC), kept * num_envs, num_envs)
     rows, add = made.init(), jax.jit(made.add)
     for t in range(length):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), jnp.int32(t))
@@ -242,7 +242,7 @@ def test_nothing_of_the_next_episode_reaches_a_cut_window():
         terminated=np.array([[False], [True], [True]]),
         truncated=np.array([[True], [False], [False]]),
     )
-    made = ring.make(ring.transition_example(SPEC), 3)
+    made = ring.make(Transition.example(SPEC), 3)
     rows, add = made.init(), jax.jit(made.add)
     for t in range(3):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), t)
@@ -256,14 +256,14 @@ def count(jaxpr, name):
 
 
 def test_reads_are_one_gather_for_each_dtype():
-    made = ring.make(ring.transition_example(SPEC), 8)
+    made = ring.make(Transition.example(SPEC), 8)
     rows, index = made.init(), jnp.arange(6).reshape(2, 3)
     assert list(rows) == ["float32", "int32", "uint8"]
     assert count(jax.make_jaxpr(made.get)(rows, index), "gather") == 3
     for n in (1, 4):
         n_step = jax.make_jaxpr(lambda rows, index, n=n: made.n_step(rows, index, n, 0.9))
         assert count(n_step(rows, index), "gather") == 3 * n
-    pixels = ring.make(ring.transition_example(CONTINUOUS), 8)
+    pixels = ring.make(Transition.example(CONTINUOUS), 8)
     reads = jax.make_jaxpr(pixels.get)(pixels.init(), index)
     assert count(reads, "gather") == 2, "flags lie beside pixels"
 
@@ -302,7 +302,7 @@ def replay_loop(made, read_new):
         rows, key = carry
         key, draw = jax.random.split(key)
         batch = jax.tree.map(
-            lambda s: jnp.full((made.num_envs, *s.shape), t, s.dtype), ring.transition_example(SPEC)
+            lambda s: jnp.full((made.num_envs, *s.shape), t, s.dtype), Transition.example(SPEC)
         )
         new = made.add(rows, batch, t)
         index = made.sample_index(draw, 16, t + 1)
@@ -314,7 +314,7 @@ def replay_loop(made, read_new):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_no_ring_is_copied_in_the_loop(seeds):
-    made = ring.make(ring.transition_example(SPEC), CAPACITY, 4)
+    made = ring.make(Transition.example(SPEC), CAPACITY, 4)
     keys = jax.random.split(jax.random.key(0), seeds)
     rows = many(made.init(), seeds)
     jaxpr = jax.make_jaxpr(jax.vmap(replay_loop(made, True)))(rows, keys)
@@ -353,22 +353,20 @@ def test_rows_come_back_bit_for_bit():
 
 
 def test_memory_is_as_stated():
-    for made in (ring.make(MIXED, 30, 3), ring.make(ring.transition_example(CONTINUOUS), 30)):
+    for made in (ring.make(MIXED, 30, 3), ring.make(Transition.example(CONTINUOUS), 30)):
         assert made.num_bytes == sum(x.nbytes for x in made.init().values())
         assert all(x.size for x in made.init().values())
-    assert ring.make(ring.transition_example(CONTINUOUS), 30).num_bytes == 30 * (
-        2 * 16 + 2 * 4 + 4 + 2
-    )
+    assert ring.make(Transition.example(CONTINUOUS), 30).num_bytes == 30 * (2 * 16 + 2 * 4 + 4 + 2)
 
 
 def test_a_transition_is_shaped_by_the_environment():
-    step = ring.transition_example(CONTINUOUS)
+    step = Transition.example(CONTINUOUS)
     assert (step.obs.shape, step.obs.dtype) == ((4, 4), np.uint8)
     assert step.next_obs == step.obs
     assert (step.action.shape, step.action.dtype) == ((2,), np.float32)
     assert (step.reward.shape, step.reward.dtype) == ((), np.float32)
     assert step.terminated.dtype == step.truncated.dtype == np.bool_
-    action = ring.transition_example(SPEC).action
+    action = Transition.example(SPEC).action
     assert (action.shape, action.dtype) == ((), np.int32)
 
 

@@ -129,7 +129,7 @@ def ring_agent(cfg, spec):
         ring = jax.lax.dynamic_update_slice(state["ring"], row, (t % ROWS, 0))
         return {**state, "ring": ring}
 
-    def update(state, key, t):
+    def update(state, key, t, n):
         def heavy(weights):
             index = jax.random.randint(key, (32,), 0, ROWS)
             batch = state["ring"][index]
@@ -144,7 +144,7 @@ def ring_agent(cfg, spec):
             "weights": jax.random.normal(key, (WIDTH, WIDTH)),
         }
 
-    def act(state, memory, obs, is_first, key, explore):
+    def act(state, memory, obs, is_first, key, t, mode):
         return jax.random.randint(key, (obs.shape[0],), 0, 2), memory, ()
 
     return Agent(init, lambda n: (), act, observe, update, Schedule(warmup_steps=4))

@@ -17,8 +17,7 @@ from flax import linen
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import prioritised, ring
-from mbrl_jax.data.ring import NStep, Transition
-from mbrl_jax.nn.networks import MLP, polyak, torso
+from mbrl_jax.nn.networks import MLP, Torso, polyak
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import (
@@ -26,11 +25,17 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
+    NStep,
     PyTree,
     Scalar,
     Schedule,
     Step,
+    Transition,
     config,
+    env_steps,
+    nth_legal,
+    num_rows,
     ranged,
 )
 
@@ -92,11 +97,10 @@ class State(NamedTuple):
     opt: PyTree
     replay: PyTree
     priorities: PyTree  # Priorities; None without prioritised replay
-    step: jax.Array  # int32, environment steps so far
 
 
 class QNetwork(linen.Module):
-    """[B, *obs_shape] -> action values [B, A]."""
+    """Observations [B, ...], one array or a dict, to action values [B, A]."""
 
     spec: EnvSpec
     hidden: tuple[int, ...]
@@ -105,7 +109,7 @@ class QNetwork(linen.Module):
 
     @linen.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
-        x = torso(self.spec)(obs)
+        x = Torso(self.spec)(obs)
         num_actions = self.spec.num_actions
         if not self.duelling:
             return MLP(self.hidden, num_actions, self.activation)(x)
@@ -115,16 +119,34 @@ class QNetwork(linen.Module):
         return value + advantage - jnp.mean(advantage, axis=-1, keepdims=True)
 
 
-def q_target(
-    reward: jax.Array, discount: jax.Array, next_q: jax.Array, next_q_choice: jax.Array
-) -> jax.Array:
-    """r + discount Q(s', argmax_a Q_choice(s', a)), [B].
+def greedy_actions(q: jax.Array, legal: jax.Array | None = None) -> jax.Array:
+    """The legal action of the greatest value in `q` [B, A], the first among equals: [B] int32.
 
-    `next_q` and `next_q_choice` [B, A] are the target and the online network's for double
-    Q-learning (van Hasselt et al. 2016, (4)), the target network's both for plain DQN; `discount`
-    is gamma^n (1 - terminated) for the n rewards in `reward`.
+    `legal` [B, A] bool; None for all. Where none is legal it is action 0.
     """
-    choice = jnp.argmax(next_q_choice, axis=-1, keepdims=True)
+    if legal is not None:
+        q = jnp.where(legal, q, -jnp.inf)
+    return jnp.argmax(q, axis=-1).astype(jnp.int32)
+
+
+def q_target(
+    reward: jax.Array,
+    discount: jax.Array,
+    next_q: jax.Array,
+    next_q_choice: jax.Array,
+    legal: jax.Array | None = None,
+) -> jax.Array:
+    """The target r + discount Q(s', argmax_a Q_choice(s', a)), [B].
+
+    Args:
+      reward: [B], the sum of n discounted rewards.
+      discount: [B], gamma^n (1 - terminated).
+      next_q: [B, A], the target network's.
+      next_q_choice: [B, A], the online network's for double Q-learning (van Hasselt et al. 2016,
+        (4)), the target network's for plain DQN.
+      legal: [B, A] bool, the actions among which the argmax is taken; None for all.
+    """
+    choice = greedy_actions(next_q_choice, legal)[:, None]
     return reward + discount * jnp.take_along_axis(next_q, choice, axis=-1)[:, 0]
 
 
@@ -141,10 +163,12 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment with discrete actions.
 
     Raises:
-      InputError: continuous actions; a batch or an n-step window larger than the replay; a
-        warm-up that does not fill a window; a replay that does not divide by the environments.
+      InputError: continuous actions; several players; a batch or an n-step window larger than the
+        replay; a warm-up that does not fill a window; a replay that does not divide by the
+        environments.
     """
     cfg = config
+    spec.check_usable("DQN", dicts=True, reserved=("action_mask",))
     if spec.num_actions is None:
         raise InputError(
             f"DQN needs discrete actions; {spec.id} has continuous ones; take sac or ppo"
@@ -161,11 +185,11 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             raise InputError(f"{name} = {value}: expected at least n_step * num_envs = {window}")
     network = QNetwork(spec, cfg.hidden, cfg.activation, cfg.duelling)
     optimiser = adam(cfg.learning_rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
-    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
+    replay = ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
     queue = prioritised.make(cfg.buffer_size)
 
     def init(key: jax.Array) -> State:
-        params = network.init(key, jnp.zeros((1, *spec.obs_shape), spec.obs_dtype))
+        params = network.init(key, spec.zero_obs(1))
         return State(
             params=params,
             # a copy, since the state is donated and two of its leaves must not be one buffer
@@ -173,24 +197,28 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             opt=optimiser.init(params),
             replay=replay.init(),
             priorities=queue.init() if cfg.prioritised else None,
-            step=jnp.int32(0),
         )
 
-    def act(state: State, memory, obs, is_first, key, explore):
-        q = network.apply(state.params, obs)
-        action = jnp.argmax(q, axis=-1).astype(jnp.int32)
-        if explore:
-            epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
-            coin, pick = prng.uniform(key, 2 * obs.shape[0], fused=64).reshape(2, -1)
-            anything = (pick * spec.num_actions).astype(jnp.int32)
-            action = jnp.where(coin < epsilon, anything, action)
+    def act(state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode):
+        if mode == "random":
+            return spec.random_actions(key, obs), memory, ()
+        legal = spec.legal(obs)
+        action = greedy_actions(network.apply(state.params, obs), legal)
+        if mode == "train":
+            coin, pick = prng.uniform(key, 2 * num_rows(obs), fused=64).reshape(2, -1)
+            if legal is None:
+                anything = (pick * spec.num_actions).astype(jnp.int32)
+            else:
+                anything = nth_legal(legal, (pick * jnp.sum(legal, axis=-1)).astype(jnp.int32))
+            action = jnp.where(coin < epsilon(t), anything, action)
         return action, memory, ()
 
+    def epsilon(t: jax.Array) -> Scalar:
+        steps = env_steps(t, cfg.num_envs)
+        return linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, steps)
+
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        step_count = jnp.asarray((t + 1) * cfg.num_envs, jnp.int32)
-        state = state._replace(
-            replay=replay.add(state.replay, Transition(*step[:6]), t), step=step_count
-        )
+        state = state._replace(replay=replay.add(state.replay, Transition.of(step), t))
         if not cfg.prioritised:
             return state
         # a row may be drawn once its window is whole, and no more once it is overwritten
@@ -206,7 +234,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     def learn(state: State, batch: NStep, weight: Scalar, number: jax.Array):
         next_q = network.apply(state.target, batch.next_obs)
         choice = network.apply(state.params, batch.next_obs) if cfg.double else next_q
-        target = q_target(batch.reward, batch.discount, next_q, choice)
+        legal = spec.legal(batch.next_obs)
+        target = q_target(batch.reward, batch.discount, next_q, choice, legal)
 
         def loss(params: PyTree):
             q = network.apply(params, batch.obs)
@@ -226,11 +255,9 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             )  # fmt: skip
         return state._replace(params=params, target=target_params, opt=opt), error, value, q
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
-        first = t // cfg.steps_per_update * cfg.updates
-        numbers = first + jnp.arange(cfg.updates, dtype=jnp.int32)
-        step = (t + 1) * cfg.num_envs
-        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, step)
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
+        numbers = n * cfg.updates + jnp.arange(cfg.updates, dtype=jnp.int32)
+        steps = env_steps(t + 1, cfg.num_envs)
 
         def uniform(state: State, x):
             number, batch = x
@@ -241,8 +268,8 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             number, key = x
             index, probability = queue.sample(state.priorities, key, cfg.batch_size)
             batch = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)
-            beta = linear(cfg.importance_exponent, 1.0, cfg.importance_steps, step)
-            count = jnp.minimum(step, cfg.buffer_size).astype(jnp.float32)
+            beta = linear(cfg.importance_exponent, 1.0, cfg.importance_steps, steps)
+            count = jnp.minimum(steps, cfg.buffer_size)
             weight = prioritised.importance_weights(probability, count, beta)
             state, error, loss, q = learn(state, batch, weight, number)
             value = (jnp.abs(error) + _LEAST_PRIORITY) ** cfg.priority_exponent
@@ -257,7 +284,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         else:
             keys = prng.split(key, cfg.updates)
             state, metrics = jax.lax.scan(by_priority, state, (numbers, keys))
-        return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon}
+        return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon(t + 1)}
 
     schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
     return Agent(init, lambda num_envs: (), act, observe, update, schedule)

@@ -9,35 +9,15 @@ Write first and then read the new rows: a reader of the old ones makes XLA copy 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
 from mbrl_jax.data.rows import Layout, Rows, write_slice
-from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar
-
-
-class Transition(NamedTuple):
-    """One environment step; [*lead, ...] with any equal leading axes."""
-
-    obs: jax.Array  # [*lead, *obs_shape] obs_dtype
-    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
-    reward: jax.Array  # [*lead] float32
-    next_obs: jax.Array  # [*lead, *obs_shape] obs_dtype, the true successor
-    terminated: jax.Array  # [*lead] bool
-    truncated: jax.Array  # [*lead] bool
-
-
-class NStep(NamedTuple):
-    """m steps as one, where m is n or the steps to the episode's end."""
-
-    obs: jax.Array  # [*lead, *obs_shape]
-    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
-    reward: jax.Array  # [*lead] float32, sum over k < m of gamma**k * reward k
-    next_obs: jax.Array  # [*lead, *obs_shape], the true successor of the last step
-    discount: jax.Array  # [*lead] float32, gamma**m, or 0 where the task ended
+from mbrl_jax.types import InputError, NStep, PyTree, Scalar, Transition
 
 
 class Cursor(NamedTuple):
@@ -45,18 +25,6 @@ class Cursor(NamedTuple):
 
     position: jax.Array  # int32, the next row to be written
     size: jax.Array  # int32, how many rows are written
-
-
-def transition_example(spec: EnvSpec) -> Transition:
-    """Shapes and dtypes of one step, the example of a ring of transitions."""
-
-    def struct(shape: tuple[int, ...], dtype: str) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    obs = struct(spec.obs_shape, spec.obs_dtype)
-    action = struct(spec.action_shape, "int32" if spec.discrete else "float32")
-    flag = struct((), "bool")
-    return Transition(obs, action, struct((), "float32"), obs, flag, flag)
 
 
 def empty_cursor() -> Cursor:
@@ -168,8 +136,7 @@ class Ring(NamedTuple):
             step: Transition = self.get(rows, index)
             reward = jnp.where(going, reward + power * step.reward, reward)
             power = jnp.where(going, power * gamma, power)
-            wide = going.reshape(*going.shape, *(1,) * (next_obs.ndim - going.ndim))
-            next_obs = jnp.where(wide, step.next_obs, next_obs)
+            next_obs = jax.tree.map(partial(_where, going), step.next_obs, next_obs)
             terminated = terminated | (going & step.terminated)
             going = going & ~(step.terminated | step.truncated)
         discount = jnp.where(terminated, 0.0, power)
@@ -217,6 +184,10 @@ class Ring(NamedTuple):
     def _wrapped(self, index: jax.Array) -> jax.Array:
         # a division by a constant that need not be a power of two is dearer than a select
         return jnp.where(index < self.capacity, index, index - self.capacity)
+
+
+def _where(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
 def below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:
