@@ -268,6 +268,24 @@ def test_reads_are_one_gather_for_each_dtype():
     assert count(reads, "gather") == 2, "flags lie beside pixels"
 
 
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_reading_everything_gathers_nothing(seeds):
+    made = ring.make(MIXED, 6, 2)
+    lead = () if seeds is None else (seeds,)
+    trees = noise(MIXED, (*lead, 6), 0)
+    rows = jax.jit(made.layout.pack)(trees)
+
+    def whole(read):
+        mapped = read if seeds is None else jax.vmap(read)
+        return jax.jit(mapped).lower(rows).compile()
+
+    assert_same_bits(whole(made.all)(rows), trees)
+    assert " gather(" not in whole(made.all).as_text()
+    by_index = whole(lambda rows: made.get(rows, jnp.arange(6)))
+    assert_same_bits(by_index(rows), trees)
+    assert " gather(" in by_index.as_text(), "the control: rows by index"
+
+
 def test_a_write_under_vmap_is_a_slice_update():
     made, init, add, _, _ = jitted(6, 2)
     batch, rows, t = noise(MIXED, (3, 4, 2), 0), many(init(), 3, 4), jnp.int32(4)

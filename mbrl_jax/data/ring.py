@@ -149,6 +149,13 @@ class Ring(NamedTuple):
             {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
         )
 
+    def all(self, rows: Rows) -> PyTree:
+        """Every row in the order of the ring: leaves [capacity, ...]; unwritten rows are zeros.
+
+        Slices of the matrices, where `get` of all rows would gather them one by one.
+        """
+        return self.layout.unpack(rows)
+
     def after(self, index: jax.Array, steps: int | jax.Array = 1) -> jax.Array:
         """The rows of the same environments `steps` (0 to `self.steps`) batched steps later."""
         return self._wrapped(index + steps * self.num_envs)
