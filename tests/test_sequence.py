@@ -61,8 +61,11 @@ def test_windows_equal_slices_of_a_deque(sizes, extra, seed):
     for t in range(length + extra):
         kept.append(batch_of(t, num_envs, seed))
         rows = add(rows, kept[-1], jnp.int32(t))
-    windows = sample(rows, jax.random.key(seed), 8, length, jnp.int32(length + extra))
-    windows = jax.tree.map(np.asarray, windows)
+    windows, index = sample(rows, jax.random.key(seed), 8, length, jnp.int32(length + extra))
+    windows, index = jax.tree.map(np.asarray, (windows, index))
+    assert (index.dtype, index.shape) == (np.int32, (8, length))
+    slots = capacity // num_envs
+    np.testing.assert_array_equal(index, windows["step"] % slots * num_envs + windows["env"])
     stream = jax.tree.map(lambda *steps: np.stack(steps), *kept)
     for i in range(8):
         start, env = windows["step"][i, 0] - kept[0]["step"][0], windows["env"][i, 0]
@@ -79,7 +82,7 @@ def test_the_windows_that_are_drawn_are_the_whole_ones(length, num_envs):
     steps = 5
     for written in [*range(length, 2 * steps + 2), 4 * steps]:
         _, rows, sample = filled(steps * num_envs, num_envs, written)
-        windows = sample(rows, jax.random.key(written), 512, length, jnp.int32(written))
+        windows, _ = sample(rows, jax.random.key(written), 512, length, jnp.int32(written))
         windows = jax.tree.map(np.asarray, windows)
         assert windows["image"].shape == (512, length, 2, 2)
         np.testing.assert_array_equal(
@@ -96,7 +99,7 @@ def test_the_windows_that_are_drawn_are_the_whole_ones(length, num_envs):
 @pytest.mark.parametrize(("written", "count"), [(15, 12 * 2), (47, 17 * 2)])
 def test_starts_are_drawn_with_equal_chance(written, count):
     _, rows, sample = filled(40, 2, written)
-    windows = sample(rows, jax.random.key(0), 40_000, 4, jnp.int32(written))
+    windows, _ = sample(rows, jax.random.key(0), 40_000, 4, jnp.int32(written))
     starts = np.stack([windows["step"][:, 0], windows["env"][:, 0]])
     counts = np.unique(starts, axis=1, return_counts=True)[1]
     assert len(counts) == count
