@@ -204,7 +204,8 @@ def _last_of_each(index: jax.Array, capacity: int) -> jax.Array:
 @custom_vmap
 def write_slice(rows: jax.Array, batch: jax.Array, start: jax.Array) -> jax.Array:
     """`rows` [*lead, capacity, width] with `batch` [*lead, num_envs, width] from row `start` on."""
-    return jax.lax.dynamic_update_slice(rows, batch, (0,) * (rows.ndim - 2) + (start, 0))
+    zero = jnp.zeros_like(start)  # of its dtype, as 64-bit JAX demands
+    return jax.lax.dynamic_update_slice(rows, batch, (zero,) * (rows.ndim - 2) + (start, zero))
 
 
 @write_slice.def_vmap
