@@ -70,6 +70,18 @@ class Ring(NamedTuple):
         """Bytes of the rows."""
         return self.capacity * self.layout.row_bytes
 
+    def check_length(self, name: str, length: int) -> None:
+        """Refuses windows that the ring cannot hold; `name` is what the caller calls the length.
+
+        Raises:
+          InputError: a length below 1 or above `steps`.
+        """
+        if not 1 <= length <= self.steps:
+            raise InputError(
+                f"{name} = {length}: expected 1 to {self.steps}, the batched steps that the "
+                "replay holds; take a larger capacity"
+            )
+
     def init(self) -> Rows:
         """Unwritten rows: one [capacity, width] matrix for each dtype, `num_bytes` bytes."""
         return self.layout.zeros(self.capacity)
@@ -81,7 +93,7 @@ class Ring(NamedTuple):
           InputError: a batch unlike the example or without the leading axis `num_envs`.
         """
         packed = self._packed(batch, self.num_envs)
-        start = (t % self.steps) * self.num_envs
+        start = self.index(t, 0)
         return {name: write_slice(x, packed[name], start) for name, x in rows.items()}
 
     def sample_index(
@@ -98,13 +110,9 @@ class Ring(NamedTuple):
         Raises:
           InputError: a window longer than the ring.
         """
-        if not 1 <= n_step <= self.steps:
-            raise InputError(
-                f"n_step = {n_step}: expected 1 to {self.steps}, the batched steps that the ring "
-                "holds; take a larger capacity"
-            )
+        self.check_length("n_step", n_step)
         kept = jnp.minimum(written, self.steps)
-        oldest = ((written - kept) % self.steps) * self.num_envs
+        oldest = self.index(written - kept, 0)
         count = jnp.maximum(kept - n_step + 1, 1) * self.num_envs
         return self._wrapped(oldest + below(key, num, count))
 
@@ -113,9 +121,37 @@ class Ring(NamedTuple):
 
         One gather of whole rows for each dtype, not checked for bounds.
         """
-        return self.layout.unpack(
-            {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
-        )
+        return self.layout.unpack(self.get_packed(rows, index))
+
+    def get_packed(self, rows: Rows, index: jax.Array) -> Rows:
+        """As `get`, but packed: matrices [*index.shape, width]."""
+        return {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
+
+    def index(self, t: Scalar, env: Scalar) -> jax.Array:  # type: ignore[override]
+        """The row of environment `env` at the batched step `t`: int32, as they broadcast."""
+        return jnp.asarray(t % self.steps * self.num_envs + env, jnp.int32)
+
+    def set(self, rows: Rows, index: jax.Array, fields: PyTree) -> Rows:
+        """Writes some leaves of the rows `index` (any shape, int32 in [0, capacity)) anew.
+
+        fields: the leaves of the example to be written under their names there, each
+          [*index.shape, *shape]: {"a": {"b": x}} for `example["a"]["b"]` or `example.a.b`.
+
+        Where a row is named more than once, the last of its values in row-major order stays, the
+        same for all leaves. One scatter for each leaf, in place where the values follow from
+        what was read of `rows`.
+
+        Raises:
+          InputError: no leaf, one that the example lacks, or one of another shape or dtype.
+        """
+        return self.layout.set(rows, index, fields)
+
+    def all(self, rows: Rows) -> PyTree:
+        """Every row in the order of the ring: leaves [capacity, ...]; unwritten rows are zeros.
+
+        Slices of the matrices, where `get` of all rows would gather them one by one.
+        """
+        return self.layout.unpack(rows)
 
     def after(self, index: jax.Array, steps: int | jax.Array = 1) -> jax.Array:
         """The rows of the same environments `steps` (0 to `self.steps`) batched steps later."""
