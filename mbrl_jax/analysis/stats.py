@@ -329,6 +329,78 @@ def steps_to_threshold(
     return _interval(float(np.median(reach)), results, confidence)
 
 
+def median_ratio(
+    x: ArrayLike,
+    y: ArrayLike,
+    x_budget: float,
+    y_budget: float,
+    confidence: float = 0.95,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The median of X over that of Y, where some runs of either were cut before they arrived.
+
+    A run that has not arrived within its budget may do so at any later time (right censoring), so
+    it stands for every number from its budget to infinity, and so may a median. Each bootstrap
+    replicate, which draws the runs of X and of Y independently, therefore bounds the ratio from
+    both sides: if X's median is beyond its budget, the ratio may be infinite, if Y's is, it may be
+    0, and if both are, nothing is known of it. The interval reaches from a low quantile of the lower bounds to a high
+    one of the upper bounds, so that it is right however late the missing runs would have arrived.
+
+    Args:
+        x: [num_runs_x] the times of arrival, for example from `first_reach`; infinite without one.
+        y: [num_runs_y] likewise, in the same unit.
+        x_budget: the time up to which the runs of X were watched, in the unit of x.
+        y_budget: likewise of Y.
+        confidence: coverage of the interval, in (0, 1).
+        replicates: number of bootstrap replicates.
+        seed: of the random numbers; the same seed gives the same interval.
+
+    Returns:
+        Interval of floats without a unit. The point is infinite where X's median is beyond its
+        budget, 0 where Y's is, and NaN (undetermined) where both are.
+
+    Raises:
+        ValueError: times are empty, have other axes, are NaN or not positive, or are finite but
+            beyond the budget; a budget is not finite; confidence or replicates are out of range.
+    """
+    x, y = _arrivals("x", x, x_budget), _arrivals("y", y, y_budget)
+    _check(confidence, replicates)
+    rng = np.random.default_rng(seed)
+    medians = np.empty((4, replicates))  # of X and of Y, the least and the greatest they can be
+    for rows in _blocks(replicates, x.size + y.size):
+        for number, (times, budget) in enumerate(((x, x_budget), (y, y_budget))):
+            drawn = times[rng.integers(times.size, size=(rows.stop - rows.start, times.size))]
+            medians[2 * number, rows] = np.median(np.minimum(drawn, budget), axis=1)
+            medians[2 * number + 1, rows] = np.median(drawn, axis=1)
+    low = _interval(None, medians[0] / medians[3], confidence).low
+    high = _interval(None, medians[1] / medians[2], confidence).high
+    above, below = float(np.median(x)), float(np.median(y))
+    point = above / below if np.isfinite(above) or np.isfinite(below) else np.nan
+    return Interval(point, low, high)
+
+
+def _arrivals(name: str, times: ArrayLike, budget: float) -> np.ndarray:
+    """Times of arrival as float64 [num_runs]."""
+    array = np.asarray(times, dtype=float)
+    if not np.isfinite(budget):
+        raise ValueError(
+            f"{name}_budget is {budget}; expected a finite number: give the time up to which the "
+            "runs were watched"
+        )
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected [num_runs]: give one time for each run"
+        )
+    right = (array > 0) & ((array <= budget) | np.isinf(array))
+    if not right.all():
+        raise ValueError(
+            f"{name} holds {array[~right][0]:g}; expected positive times up to the budget of "
+            f"{budget:g}, or infinity: give infinity for a run that did not arrive"
+        )
+    return array
+
+
 def _finite(scores: ArrayLike) -> np.ndarray:
     """Scores as float64 [..., num_seeds, num_tasks]."""
     array = np.asarray(scores, dtype=float)
