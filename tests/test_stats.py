@@ -311,6 +311,14 @@ def test_steps_to_threshold_with_runs_that_never_reach_it():
     assert stats.steps_to_threshold(steps, curves(9999, 9999), 1) == (np.inf, np.inf, np.inf)
 
 
+def test_the_median_of_times_knows_infinite_ones():
+    times = [200, 300, 400, np.inf]
+    curves = np.arange(1, 11) * 100 >= np.array(times)[:, None]
+    by_curves = stats.steps_to_threshold(np.arange(1, 11) * 100, curves, 1)
+    assert stats.median_time(times) == by_curves == (350, 200, np.inf)
+    assert stats.median_time([5, np.inf, np.inf]).point == np.inf
+
+
 @given(st.integers(1, 12), st.floats(-1, 4), st.integers(0, 5))
 @relaxed
 def test_a_higher_threshold_is_never_reached_sooner(num_seeds, threshold, seed):
@@ -353,6 +361,15 @@ def test_what_a_ratio_of_cut_runs_tells():
     # half of two runs: the median lies between 10 and a time beyond 30, so above 20, not 30
     half = stats.median_ratio([10, inf], [1.0], 30, 1, confidence=0.4)
     assert (half.point, half.low) == (inf, 20)
+
+
+def test_each_run_may_have_a_budget_of_its_own():
+    # of three runs beyond 10, 20 and 30 the median is beyond 20
+    ratio = stats.median_ratio([np.inf] * 3, [2.0], [10, 30, 20], 2, confidence=0.4)
+    assert (ratio.point, ratio.low, ratio.high) == (np.inf, 10, np.inf)
+    some = stats.median_ratio([5, np.inf, 25], [1.0], [30, 10, 30], 1, confidence=0.01)
+    assert (some.point, some.high) == (25, 25)
+    assert some.low == 10  # the second may have arrived at 11
 
 
 def enumerated(x, y, x_budget, y_budget):
@@ -433,10 +450,14 @@ def test_scores_that_are_no_scores_are_refused(scores, statistic):
         (lambda: stats.steps_to_threshold([], [[]], 1), r"\(1, 0\)"),
         (lambda: stats.median_ratio([], [1], 2, 2), r"x has shape \(0,\)"),
         (lambda: stats.median_ratio([1], [[1]], 2, 2), r"y has shape \(1, 1\)"),
-        (lambda: stats.median_ratio([3], [1], 2, 2), "x holds 3; expected .* of 2, or infinity"),
-        (lambda: stats.median_ratio([1], [0], 2, 2), "y holds 0; expected positive"),
+        (lambda: stats.median_ratio([3], [1], 2, 2), "x holds 3; expected .*, or infinity"),
+        (lambda: stats.median_ratio([1], [0], 2, 2), "a time is 0 .*; expected positive"),
+        (lambda: stats.median_ratio([-1], [1], 2, 2), "x holds -1; expected"),
         (lambda: stats.median_ratio([1], [np.nan], 2, 2), "y holds nan; expected"),
-        (lambda: stats.median_ratio([1], [1], 2, np.inf), "y_budget is inf; expected"),
+        (lambda: stats.median_ratio([1], [np.inf], 2, np.inf), "budget infinite; expected"),
+        (lambda: stats.median_ratio([1], [1], [2, 2], 2), r"its budget \(2,\); expected"),
+        (lambda: stats.median_time([]), r"times has shape \(0,\)"),
+        (lambda: stats.median_time([1, np.nan]), "times holds nan; expected"),
         (lambda: stats.median_ratio([1], [1], 2, 2, confidence=1), "confidence is 1"),
     ],
 )

@@ -319,21 +319,42 @@ def steps_to_threshold(
         ValueError: the shapes do not fit, nothing is given, or the steps do not increase;
             confidence or replicates are out of range.
     """
-    reach = first_reach(steps, curves, threshold)
+    return median_time(first_reach(steps, curves, threshold), confidence, replicates, seed)
+
+
+def median_time(
+    times: ArrayLike, confidence: float = 0.95, replicates: int = 2000, seed: int = 0
+) -> Interval:
+    """The median over runs of a time of arrival, which is infinite for a run that did not arrive.
+
+    Args:
+        times: [num_runs] positive, infinite where a run did not arrive within its budget.
+        confidence: coverage of the interval, in (0, 1).
+        replicates: number of bootstrap replicates over runs.
+        seed: of the random numbers; the same seed gives the same interval.
+
+    Returns:
+        Interval of floats in the unit of the times; an infinite one is beyond the budget.
+
+    Raises:
+        ValueError: times are empty, have other axes or are NaN or negative; confidence or
+            replicates are out of range.
+    """
+    times = _arrivals("times", times, np.inf)[0]
     _check(confidence, replicates)
     rng = np.random.default_rng(seed)
     results = np.empty(replicates)
-    for rows in _blocks(replicates, reach.size):
-        drawn = rng.integers(reach.size, size=(rows.stop - rows.start, reach.size))
-        results[rows] = np.median(reach[drawn], axis=1)
-    return _interval(float(np.median(reach)), results, confidence)
+    for rows in _blocks(replicates, times.size):
+        drawn = rng.integers(times.size, size=(rows.stop - rows.start, times.size))
+        results[rows] = np.median(times[drawn], axis=1)
+    return _interval(float(np.median(times)), results, confidence)
 
 
 def median_ratio(
     x: ArrayLike,
     y: ArrayLike,
-    x_budget: float,
-    y_budget: float,
+    x_budget: ArrayLike,
+    y_budget: ArrayLike,
     confidence: float = 0.95,
     replicates: int = 2000,
     seed: int = 0,
@@ -344,13 +365,15 @@ def median_ratio(
     it stands for every number from its budget to infinity, and so may a median. Each bootstrap
     replicate, which draws the runs of X and of Y independently, therefore bounds the ratio from
     both sides: if X's median is beyond its budget, the ratio may be infinite, if Y's is, it may be
-    0, and if both are, nothing is known of it. The interval reaches from a low quantile of the lower bounds to a high
-    one of the upper bounds, so that it is right however late the missing runs would have arrived.
+    0, and if both are, nothing is known of it. The interval reaches from a low quantile of the
+    lower bounds to a high one of the upper bounds, so that it is right however late the missing
+    runs would have arrived.
 
     Args:
         x: [num_runs_x] the times of arrival, for example from `first_reach`; infinite without one.
         y: [num_runs_y] likewise, in the same unit.
-        x_budget: the time up to which the runs of X were watched, in the unit of x.
+        x_budget: the time up to which the runs of X were watched, in the unit of x; one number,
+            or [num_runs_x] where it differs.
         y_budget: likewise of Y.
         confidence: coverage of the interval, in (0, 1).
         replicates: number of bootstrap replicates.
@@ -362,43 +385,45 @@ def median_ratio(
 
     Raises:
         ValueError: times are empty, have other axes, are NaN or not positive, or are finite but
-            beyond the budget; a budget is not finite; confidence or replicates are out of range.
+            beyond the budget; the budget of a run that did not arrive is not finite; confidence or
+            replicates are out of range.
     """
-    x, y = _arrivals("x", x, x_budget), _arrivals("y", y, y_budget)
+    arms = _arrivals("x", x, x_budget), _arrivals("y", y, y_budget)
+    if not all((least > 0).all() and np.isfinite(least).all() for _, least in arms):
+        raise ValueError(
+            "a time is 0 or a budget infinite; expected positive times and finite budgets: give "
+            "the times up to which the runs were watched"
+        )
     _check(confidence, replicates)
     rng = np.random.default_rng(seed)
     medians = np.empty((4, replicates))  # of X and of Y, the least and the greatest they can be
-    for rows in _blocks(replicates, x.size + y.size):
-        for number, (times, budget) in enumerate(((x, x_budget), (y, y_budget))):
-            drawn = times[rng.integers(times.size, size=(rows.stop - rows.start, times.size))]
-            medians[2 * number, rows] = np.median(np.minimum(drawn, budget), axis=1)
-            medians[2 * number + 1, rows] = np.median(drawn, axis=1)
+    for rows in _blocks(replicates, sum(times.size for times, _ in arms)):
+        for number, (times, least) in enumerate(arms):
+            drawn = rng.integers(times.size, size=(rows.stop - rows.start, times.size))
+            medians[2 * number, rows] = np.median(least[drawn], axis=1)
+            medians[2 * number + 1, rows] = np.median(times[drawn], axis=1)
     low = _interval(None, medians[0] / medians[3], confidence).low
     high = _interval(None, medians[1] / medians[2], confidence).high
-    above, below = float(np.median(x)), float(np.median(y))
+    above, below = (float(np.median(times)) for times, _ in arms)
     point = above / below if np.isfinite(above) or np.isfinite(below) else np.nan
     return Interval(point, low, high)
 
 
-def _arrivals(name: str, times: ArrayLike, budget: float) -> np.ndarray:
-    """Times of arrival as float64 [num_runs]."""
-    array = np.asarray(times, dtype=float)
-    if not np.isfinite(budget):
+def _arrivals(name: str, times: ArrayLike, budget: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Times of arrival and the least that they can be, both float64 [num_runs]."""
+    times, budget = np.asarray(times, dtype=float), np.asarray(budget, dtype=float)
+    if times.ndim != 1 or times.size == 0 or budget.shape not in ((), times.shape):
         raise ValueError(
-            f"{name}_budget is {budget}; expected a finite number: give the time up to which the "
-            "runs were watched"
+            f"{name} has shape {times.shape} and its budget {budget.shape}; expected [num_runs] "
+            "and one number or [num_runs]: give one time for each run"
         )
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            f"{name} has shape {array.shape}; expected [num_runs]: give one time for each run"
-        )
-    right = (array > 0) & ((array <= budget) | np.isinf(array))
+    right = (times >= 0) & ((times <= budget) | np.isinf(times))
     if not right.all():
         raise ValueError(
-            f"{name} holds {array[~right][0]:g}; expected positive times up to the budget of "
-            f"{budget:g}, or infinity: give infinity for a run that did not arrive"
+            f"{name} holds {times[~right][0]:g}; expected times from 0 up to the budget, or "
+            "infinity: give infinity for a run that did not arrive"
         )
-    return array
+    return times, np.minimum(times, budget)
 
 
 def _finite(scores: ArrayLike) -> np.ndarray:
