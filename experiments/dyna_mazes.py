@@ -26,14 +26,8 @@ import tyro
 from common import Tables, exploring_optimum, histories, mean_interval, per_episode, report
 
 from mbrl_jax.analysis import plots
-from mbrl_jax.analysis.stats import (
-    Interval,
-    bootstrap_interval,
-    first_reach,
-    mean,
-    median_ratio,
-    median_time,
-)
+from mbrl_jax.analysis.arrivals import first_reach, median_ratio, median_time
+from mbrl_jax.analysis.stats import Interval, bootstrap_interval, mean
 from mbrl_jax.envs import Env, hitting_time, make_env, tabular
 
 GAMMA, EPSILON = 0.95, 0.1

@@ -10,8 +10,8 @@ run (one update a step; not for HalfCheetah, for which SAC has none). HalfCheeta
 the paper (`learning.CHEETAH`). A row is stored as soon as it has run (`learning.py`).
 
 Steps to a threshold are those of a seed's first evaluation at or above it, infinite without one;
-the ratio is that of the medians over seeds (`stats.median_ratio`): infinite where half of the seeds
-of an arm never reach it, 0 where half of MBPO's do not, and undetermined where both do not.
+the ratio is that of the medians over seeds (`analysis.arrivals`): infinite where half of an arm's
+seeds never reach it, 0 where half of MBPO's do not, and undetermined where both do not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learning import CHEETAH, Options, Run
 
 from mbrl_jax.agents import AGENTS
 from mbrl_jax.analysis import plots
-from mbrl_jax.analysis.stats import first_reach, median_ratio, steps_to_threshold
+from mbrl_jax.analysis.arrivals import first_reach, median_ratio, steps_to_threshold
 
 THRESHOLDS = {"Pendulum-v1": -200.0, "ContinuousCartPole-v0": 475.0, "HalfCheetah-v5": 500.0}
 # steps of SAC and of the others, evaluation of both, and episodes of one evaluation

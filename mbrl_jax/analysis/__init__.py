@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mbrl_jax.analysis import model_plots, plots, runs, stats
+    from mbrl_jax.analysis import arrivals, model_plots, plots, runs, stats
 
-__all__ = ["model_plots", "plots", "runs", "stats"]
+__all__ = ["arrivals", "model_plots", "plots", "runs", "stats"]
 
 
 def __getattr__(name: str) -> ModuleType:
