@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbrl_jax.runtime import devices, logs
-from mbrl_jax.runtime.loop import Plan
+from mbrl_jax.runtime.plan import Plan
 from mbrl_jax.types import InputError, PyTree
 
 FREE_BYTES = 64 * 2**20  # of the state of all seeds, written at every evaluation by default
@@ -84,8 +84,8 @@ def _compare(old: dict[str, Any], new: dict[str, Any], plan: Plan, out: Path) ->
 
 def _other_periods(run: dict[str, Any], plan: Plan, period: int, out: Path) -> str:
     """Why a new total does not go with the periods of a run, and which ones near it do."""
-    total, warmup = run["total_steps"], plan.warmup * plan.num_envs
-    below = warmup + max(1, (total - warmup) // period) * period
+    total, start = run["total_steps"], plan.start * plan.num_envs
+    below = start + max(1, (total - start) // period) * period
     return (
         f"--resume: total_steps = {total} has periods of {run['eval_every']} steps, but the "
         f"run in {out} has evaluated every {period}; expected a total with the same periods, such "
