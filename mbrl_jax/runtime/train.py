@@ -75,6 +75,7 @@ def train(
     keep_checkpoints: int = 3,
     resume: bool = False,
     progress: bool = False,
+    evaluate: Evaluate | None = None,
     **overrides: Any,
 ) -> Result:
     """Trains `seeds` independent runs of an agent at once.
@@ -82,7 +83,7 @@ def train(
     Args:
       agent: a name in `AGENTS`, or a definition of one's own.
       env: an id for `make_env`, or an environment from it.
-      total_steps, eval_every, eval_episodes, eval_max_steps: as in `make_train`.
+      total_steps, eval_every, eval_episodes, eval_max_steps, evaluate: as in `make_train`.
       seeds: how many; run i has the same key for every number of seeds above i.
       out: a run folder to write: config.json, metrics.csv, checkpoints/, curve.png. Nothing is
         written without it.
@@ -121,7 +122,7 @@ def train(
         eval_every = logs.read_config(out).get("eval_every")
     job = make_job(
         agent, env, total_steps, seeds, seed, eval_every, eval_episodes, eval_max_steps, seed_mode,
-        overrides,
+        overrides, evaluate,
     )  # fmt: skip
     if out is None:
         return _run_in_memory(job, progress)
@@ -171,6 +172,7 @@ def make_job(
     eval_max_steps: int | None,
     seed_mode: str,
     overrides: dict[str, Any],
+    evaluate: Evaluate | None = None,
 ) -> Job:
     """Checks the arguments of `train`; compiles nothing and touches no file."""
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
@@ -180,7 +182,7 @@ def make_job(
         raise InputError(f"seeds = {seeds!r}: expected a whole number, 1 or more")
     devices.check_seed(seed)
     program = make_program(
-        definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
+        definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps, evaluate
     )
     shapes = jax.eval_shape(program.init, jax.random.key(0), config)
     run = {
@@ -196,6 +198,8 @@ def make_job(
         "seed_mode": seed_mode,
         "config": logs.config_fields(config),
     }
+    if evaluate is not None:
+        run["evaluate"] = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
     devices.check_memory(shapes, seeds)
     mode = devices.seed_mode(seed_mode, shapes.agent)
     built = definition.make(config, env.spec)
@@ -208,10 +212,11 @@ def load_job(out: Path) -> Job:
     run = logs.read_config(out)
     try:
         env = make_env(run["env"], **run["env_args"])
-        return make_job(
+        job = make_job(
             run["agent"], env, run["total_steps"], run["seeds"], run["seed"], run["eval_every"],
             run["eval_episodes"], run["eval_max_steps"], run["seed_mode"], run["config"],
         )  # fmt: skip
+        return job._replace(run=run)  # an evaluation of one's own is known by its name alone
     except (KeyError, TypeError) as error:
         raise InputError(f"{out / 'config.json'} is damaged ({error!r})") from error
 
@@ -230,9 +235,16 @@ def _chunks(
     run = init(job.keys(), config) if run is None else run
     for period in range(first, job.program.plan.periods):
         run, metrics = chunk(run, config, jnp.int32(period))
-        metrics = devices.to_host(metrics)
+        metrics = _means(devices.to_host(metrics))
         display.update(job.program.plan.env_steps(period), job.run["seeds"], metrics)
         yield period, run, metrics
+
+
+def _means(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A mean over no episode is NaN, which the program must not give under JAX_DEBUG_NANS."""
+    none = metrics["train_episodes"] == 0
+    names = ("train_return", "train_length")
+    return metrics | {name: np.where(none, np.float32(np.nan), metrics[name]) for name in names}
 
 
 def _run_in_memory(job: Job, progress: bool) -> Result:
