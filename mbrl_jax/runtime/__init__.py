@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from mbrl_jax import lazy
 
 if TYPE_CHECKING:
-    from mbrl_jax.runtime import checkpoint, devices, evaluate, logs, loop, train
+    from mbrl_jax.runtime import checkpoint, devices, evaluate, logs, loop, plan, train
 
-__all__ = ["checkpoint", "devices", "evaluate", "logs", "loop", "train"]
+__all__ = ["checkpoint", "devices", "evaluate", "logs", "loop", "plan", "train"]
 
 __getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))
