@@ -35,7 +35,6 @@ from mbrl_jax.models.dynamics import (
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.types import InputError, PyTree, config, ranged
 
-
 HOLDOUT_ROWS = 500  # of the holdout that are evaluated at once on a CPU; an accelerator takes all
 
 
