@@ -1,79 +1,43 @@
-"""Dyna-Q: a textbook Python/numpy loop against the compiled loop, alternating in one run.
+"""Dyna-Q: loops in Python and for numba against the compiled loop, all in turn in one run.
 
-Both learn deterministic FrozenLake 4x4 with alpha 0.1, gamma 0.99, epsilon 0.1 and random ties.
-The textbook loop is written as in Sutton and Barto (2018, Section 8.2): numpy action values, a
-dictionary as the model, lists of what was visited; its world is a table, which is faster than
-any simulator. Ours is the whole compiled training run, environment and episode counts included,
-evaluation left out of both. Planning updates are sequential in both.
+All learn deterministic FrozenLake 4x4 with alpha 0.1, gamma 0.99, epsilon 0.1 and random ties.
+The peers (peer_dyna.py) are the textbook's loop on numpy rows, on Python lists, and for numba
+(extra `peers`), on one core and on as many threads as ours has devices. Ours is the whole compiled
+training run, environment and episode counts included, evaluation left out of all. Planning updates
+are sequential in all. One seed of ours runs on one core; many are shared out among the devices.
 
     python benchmarks/bench_dyna.py
 
-Writes benchmarks/results/bench_dyna.json and prints the table.
+Writes benchmarks/results/bench_dyna.json and prints the table. A ratio is ours to the peer's
+environment steps per second; the last column tells which goal is met: one seed 2 times the Python
+lists, 256 seeds as fast as numba on as many cores at n = 50, and half as fast at n = 0 and 5.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib.metadata
+import importlib.util
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+import peer_dyna
+from common import Record, alternate, line, markdown, options, ratio_text, ratios, start_jax
+from peer_dyna import ALPHA, EPSILON, GAMMA
 
-ALPHA, GAMMA, EPSILON, LIMIT = 0.1, 0.99, 0.1, 100
-
-
-def tables(env) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """A deterministic world as successors [S, A], rewards [S, A], ends [S, A] and its start."""
-    from mbrl_jax import envs
-
-    exact = envs.tabular(env)
-    ends = exact.terminates.sum(axis=-1) > 0.5
-    return exact.transition.argmax(axis=-1), exact.reward, ends, int(exact.start.argmax())
+# environment steps of numpy rows, of Python lists, and of each seed of ours and of numba
+SIZES = {0: (40_000, 150_000, 20_000), 5: (10_000, 40_000, 10_000), 50: (1_500, 6_000, 2_000)}
+MANY = 256  # seeds of numba, and of ours against it
+LISTS, NUMBA = "Python lists", "numba, all cores"
+GOALS = {0: 0.5, 5: 0.5, 50: 1.0}  # of 256 seeds, against numba on as many cores
 
 
-def textbook(world: tuple[np.ndarray, ...], n: int, steps: int, seed: int) -> np.ndarray:
-    """Tabular Dyna-Q for `steps` environment steps; returns the action values."""
-    successor, reward, ends, start = world
-    successor, reward, ends = successor.tolist(), reward.tolist(), ends.tolist()
-    rng = random.Random(seed)
-    num_states, num_actions = len(successor), len(successor[0])
-    q = np.zeros((num_states, num_actions))
-    model: dict[tuple[int, int], tuple[float, int, bool]] = {}
-    visited: list[tuple[int, int]] = []
-    state, time_in_episode = start, 0
-    for _ in range(steps):
-        if rng.random() < EPSILON:
-            action = rng.randrange(num_actions)
-        else:
-            row = q[state]
-            action = int(rng.choice(np.flatnonzero(row == row.max())))
-        following, r, end = successor[state][action], reward[state][action], ends[state][action]
-        goal = r if end else r + GAMMA * q[following].max()
-        q[state, action] += ALPHA * (goal - q[state, action])
-        if n:  # Q-learning needs no model
-            if (state, action) not in model:
-                visited.append((state, action))
-            model[state, action] = (r, following, end)
-        for _ in range(n):
-            s, a = visited[int(rng.random() * len(visited))]
-            r_model, s_model, end_model = model[s, a]
-            goal = r_model if end_model else r_model + GAMMA * q[s_model].max()
-            q[s, a] += ALPHA * (goal - q[s, a])
-        time_in_episode += 1
-        if end or time_in_episode == LIMIT:
-            state, time_in_episode = start, 0
-        else:
-            state = following
-    return q
-
-
-def compiled(env, n: int, seeds: int, steps: int) -> Callable[[], None]:
+def compiled(env: Any, n: int, seeds: int, steps: int) -> Callable[[], None]:
     """Our run of `seeds` seeds, compiled and warmed up."""
     from mbrl_jax import AGENTS
     from mbrl_jax.runtime.train import make_job, traced
@@ -86,7 +50,7 @@ def compiled(env, n: int, seeds: int, steps: int) -> Callable[[], None]:
     def run() -> None:
         jax.block_until_ready(chunk(state(), config, np.int32(0)))
 
-    def state():
+    def state() -> Any:
         return jax.block_until_ready(init(job.keys(), config))
 
     run()
@@ -99,62 +63,85 @@ def seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def rows_of(env: Any, n: int, seeds: list[int], devices: int, args: Any) -> list[dict[str, Any]]:
+    """The rows of one number of planning steps: the peers', then ours, with ratios to the peers."""
+    world, sizes = peer_dyna.tabulate(env), (100, 100, 50) if args.quick else SIZES[n]
+    each = sizes[2]
+    many = 4 if args.quick else MANY
+    # name -> (seeds, cores, environment steps of each seed, a run)
+    sides: dict[str, tuple[int, int, int, Callable[[], object]]] = {
+        "numpy rows": (1, 1, sizes[0], partial(peer_dyna.numpy_rows, world, n, sizes[0], 0)),
+        LISTS: (1, 1, sizes[1], partial(peer_dyna.python_lists, world, n, sizes[1], 0)),
+    }
+    if importlib.util.find_spec("numba"):
+        peer_dyna.numba_loop(world, n, 1, 0)
+        for name, cores in (("numba, one core", 1), (NUMBA, devices)):
+            run = partial(peer_dyna.numba_threads, world, n, each, many, cores)
+            sides[name] = (many, cores, each, run)
+    peers = list(sides)
+    for count in seeds:
+        cores = devices if count % devices == 0 else 1
+        sides[f"mbrl_jax {count}"] = (count, cores, each, compiled(env, n, count, each))
+    times = alternate({name: partial(seconds, side[3]) for name, side in sides.items()},
+                      args.repeats)  # fmt: skip
+    per_step = {
+        name: [took / (count * steps) for took in times[name]]
+        for name, (count, _, steps, _) in sides.items()
+    }
+    rows = []
+    for name, (count, cores, _, _) in sides.items():
+        row = {"n": n, "loop": name.split(" ")[0] if name not in peers else name, "seeds": count,
+               "cores": cores, "env_steps_per_s": 1 / statistics.median(per_step[name])}  # fmt: skip
+        if name not in peers:
+            row["against"] = {peer: ratios(per_step[name], per_step[peer]) for peer in peers}
+        rows.append(row)
+    return rows
+
+
+def goal(row: dict[str, Any]) -> str:
+    """Whether the goal of a row is met, and an empty text where it has none."""
+    peer, least = (LISTS, 2.0) if row["seeds"] == 1 else (NUMBA, GOALS[row["n"]])
+    if row["seeds"] not in (1, MANY) or peer not in row.get("against", {}):
+        return ""
+    met = row["against"][peer]["ratio"] >= least
+    return f"{least:g} times {peer}: {'met' if met else 'missed'}"
+
+
+HEADER = ["n", "loop", "seeds", "cores", "environment steps/s", "planning updates/s",
+          "to numpy rows", "to Python lists", "to numba, one core", "to numba, all cores",
+          "goal"]  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[Any]:
+    rate, found = row["env_steps_per_s"], row.get("against", {})
+    planning = f"{rate * row['n']:,.0f}" if row["n"] else "-"
+    return [
+        row["n"], row["loop"], row["seeds"], row["cores"], f"{rate:,.0f}", planning,
+        *(ratio_text(found.get(name.removeprefix("to "), {})) for name in HEADER[6:10]), goal(row),
+    ]  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 256, 1024])
+    parser = options(__doc__, "quick")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, MANY, 1024])
+    parser.add_argument("--planning", type=int, nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--devices", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", args.devices)
+    start_jax(args.devices)
 
     from mbrl_jax import make_env
-    from mbrl_jax.runtime.logs import describe_machine
 
     env = make_env("FrozenLake-misc", is_slippery=False)
-    world = tables(env)
-    rows = []
-    for n, book_steps, our_steps in ((0, 40_000, 20_000), (5, 10_000, 10_000), (50, 1_500, 2_000)):
-        if args.quick:
-            book_steps, our_steps = 200, 50
-        ours = {seeds: compiled(env, n, seeds, our_steps) for seeds in args.seeds}
-        book_times: list[float] = []
-        our_times: dict[int, list[float]] = {seeds: [] for seeds in args.seeds}
-        for repeat in range(args.repeats):
-            book_times.append(seconds(lambda n=n, r=repeat, t=book_steps: textbook(world, n, t, r)))
-            for seeds, run in ours.items():
-                our_times[seeds].append(seconds(run))
-        book = book_steps / statistics.median(book_times)
-        rows.append({"n": n, "loop": "textbook", "seeds": 1, "env_steps_per_s": book})
-        for seeds, times in our_times.items():
-            pairs = [
-                (seeds * our_steps / ours_s) / (book_steps / book_s)
-                for ours_s, book_s in zip(times, book_times, strict=True)
-            ]
-            rate = seeds * our_steps / statistics.median(times)
-            rows.append({
-                "n": n, "loop": "mbrl_jax", "seeds": seeds, "env_steps_per_s": rate,
-                "ratio": statistics.median(pairs), "ratio_min": min(pairs), "ratio_max": max(pairs),
-            })  # fmt: skip
-        print_rows(rows[-1 - len(ours) :])
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {"made": describe_machine(), "devices": args.devices, "repeats": args.repeats}
-    path = args.out / "bench_dyna.json"
-    path.write_text(json.dumps({**record, "rows": rows}, indent=2) + "\n")
-    print(f"written: {path}")
-
-
-def print_rows(rows: list[dict]) -> None:
-    for row in rows:
-        rate = row["env_steps_per_s"]
-        ratio = f"{row['ratio']:7.1f} x" if "ratio" in row else "        -"
-        spread = f"({row['ratio_min']:.1f} to {row['ratio_max']:.1f})" if "ratio" in row else ""
-        print(
-            f"n = {row['n']:2d}  {row['loop']:9} {row['seeds']:5d} seeds  {rate:12,.0f} env steps/s"
-            f"  {rate * row['n']:13,.0f} planning/s  {ratio} {spread}",
-            flush=True,
-        )
+    record = Record(args, "bench_dyna", devices=args.devices)
+    if importlib.util.find_spec("numba"):
+        record.data["made"]["versions"]["numba"] = importlib.metadata.version("numba")
+    else:
+        print("numba is left out: not installed; pip install 'mbrl-jax[peers]'")
+    for n in args.planning:
+        for row in rows_of(env, n, args.seeds, args.devices, args):
+            record.add(row)
+            print(line(cells(row)), flush=True)
+    print(f"\n{markdown(HEADER, map(cells, record.data['rows']))}\n\nwritten: {record.path}")
 
 
 if __name__ == "__main__":

@@ -24,29 +24,25 @@ benchmarks/results/bench_mbpo.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import peer_process
 from bench_models import MBRL_LIB, MBRL_LIB_NEEDS
-from peer_process import Peer, timed
+from common import HERE, Record, against, line, markdown, options, ratio_text, start_jax, timed
+from peer_process import Peer
 
 from mbrl_jax import AGENTS, make_env
 from mbrl_jax.agents import sac
-from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.envs import Env
 from mbrl_jax.models import ensemble, rollout
 from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.loop import make_program
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, NStep, Transition
 
-HERE = Path(__file__).parent
 SIZES = {
     "Pendulum": {
         "env": "Pendulum-v1", "shape": (3, 1), "steps": 1_000, "period": 100, "warmup": 500,
@@ -183,27 +179,17 @@ def parts(size: dict[str, Any], repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = options(__doc__, "no-peers", "quick", repeats=3)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--no-peers", action="store_true", help="our side alone")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny sizes; makes no virtual environment")  # fmt: skip
     args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_num_cpu_devices", 2)
-
-    from mbrl_jax.runtime.logs import describe_machine
+    start_jax(2)
 
     folder = HERE / ".venv-mbrl-lib"
     if not args.quick and not args.no_peers:
         peer_process.provide(folder, MBRL_LIB, *MBRL_LIB_NEEDS, loose="mbrl")
     with_peer = not args.no_peers and peer_process.has(folder, MBRL_LIB)
-    record: dict[str, Any] = {"made": describe_machine(), "versions": MBRL_LIB, "rows": []}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_mbpo.json"
+    record = Record(args, "bench_mbpo", versions=MBRL_LIB)
     for name in args.sizes:
         size = SIZES[name]
         if args.quick:
@@ -220,35 +206,32 @@ def main() -> None:
                 )  # fmt: skip
             row: dict[str, Any] = {"size": name, "seeds": seeds, "compile_s": compile_s}
             row |= {"parts": split, "steps": size["steps"]}
-            row |= peer_process.alternate(run, peer, args.repeats)
+            # theirs trains one seed after another
+            theirs = peer.seconds if peer else None
+            row |= against(run, theirs, args.repeats, scale=seeds)
             if peer:
-                for field in ("ratio", "ratio_min", "ratio_max"):
-                    row[field] *= seeds
                 row["peer"] = peer.info
                 peer.close()
-            record["rows"].append(row)
-            path.write_text(json.dumps(record, indent=2) + "\n")
-            print(line(row), flush=True)
-    print("\n".join(["", *HEADER, *map(line, record["rows"])]) + f"\n\nwritten: {path}")
+            record.add(row)
+            print(line(cells(row)), flush=True)
+    print(f"\n{markdown(HEADER, map(cells, record.data['rows']))}\n\nwritten: {record.path}")
 
 
 HEADER = [
-    "| size | seeds | s per 1,000 steps and seed | theirs | ratio | training | rollouts | updates "
-    "| environment | compile s |",
-    "|---|---|---|---|---|---|---|---|---|---|",
-]
+    "size", "seeds", "s per 1,000 steps and seed", "theirs", "ratio", "training", "rollouts",
+    "updates", "environment", "compile s",
+]  # fmt: skip
 
 
-def line(row: dict[str, Any]) -> str:
-    thousand = 1_000 / row["steps"]
-    ours = thousand * statistics.median(row["seconds"]) / row["seeds"]
-    theirs = ratio = "-"
-    if "ratio" in row:
-        theirs = f"{thousand * statistics.median(row['peer_seconds']):.1f}"
-        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-    cells = [row["size"], str(row["seeds"]), f"{ours:.1f}", theirs, ratio]
-    cells += [f"{seconds:.2f}" for seconds in row["parts"].values()]
-    return "| " + " | ".join([*cells, f"{row['compile_s']:.1f}"]) + " |"
+def cells(row: dict[str, Any]) -> list[Any]:
+    each = 1_000 / row["steps"] / row["seeds"]
+    ours, theirs = (
+        f"{each * statistics.median(row[side]):.1f}" if side in row else "-"
+        for side in ("seconds", "peer_seconds")
+    )
+    parts = [f"{seconds:.2f}" for seconds in row["parts"].values()]
+    return [row["size"], row["seeds"], ours, theirs, ratio_text(row), *parts,
+            f"{row['compile_s']:.1f}"]  # fmt: skip
 
 
 if __name__ == "__main__":

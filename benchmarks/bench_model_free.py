@@ -17,7 +17,8 @@ What still differs, in the time of a run unless said otherwise:
 - rejax draws its batches without replacement with `jax.random.choice`, which looks at the whole
   replay for every update; ours draws with replacement and looks at the batch alone. The replays
   are those of rejax's own configs, 10,000 and 50,000, not its default of 131,072: larger ones slow
-  rejax further. `--peer-replay uniform` gives rejax our way of drawing, to see the rest alone.
+  rejax further. A second row of every cell with a replay, "uniform draw", gives rejax our way of
+  drawing, to see the rest alone: its `sample` is replaced in its process (peer_rejax.py).
 - rejax stores the observation after a reset as the successor of an episode's last step, and a time
   limit as an end; ours keeps the true successor and tells the two apart.
 - rejax's `max_grad_norm` clips each element; ours scales by the global norm (SAC: neither clips).
@@ -46,7 +47,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -57,11 +57,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import peer_process
+from common import (
+    HERE,
+    Record,
+    against,
+    alternate,
+    line,
+    markdown,
+    options,
+    ratio_text,
+    ratios,
+    start_jax,
+    timed,
+)
 from peer_cells import CELLS, Cell
-from peer_process import timed
 
-HERE = Path(__file__).parent
 REJAX = "0.1.3"
+DRAWS = ("own", "uniform")
+"""How rejax draws its batches; see above."""
 
 
 class Ours(NamedTuple):
@@ -113,8 +126,8 @@ def check(cell: Cell, side: str, done: Any, wanted: Any) -> None:
         raise SystemExit(f"{cell.name}: {side} made {done} steps and updates, not {wanted}")
 
 
-def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | None) -> dict:
-    """One row: a cell with so many seeds."""
+def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | None) -> list[dict]:
+    """The rows of a cell with so many seeds: one for each of rejax's ways to draw."""
     steps = cell.total_steps(seeds, args.quick)
     modes = ("map",) if seeds == 1 or args.quick else ("map", "vmap")
     ways = [ours(cell, seeds, steps, mode) for mode in modes]
@@ -123,21 +136,27 @@ def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | N
     row = {**cell._asdict(), "seeds": seeds, "total_steps": steps, **mine.info}
     row["tried"] = dict(zip(modes, tried, strict=True))
     del row["steps"]
-    peer = None
-    if python:
-        peer = peer_process.Peer(
+    peers: dict[str, peer_process.Peer] = {}
+    for draw in (DRAWS if cell.agent != "ppo" else DRAWS[:1]) if python else ():
+        peers[draw] = peer_process.Peer(
             python, HERE / "peer_rejax.py", cell=cell._asdict(), seeds=seeds, total_steps=steps,
-            devices=args.devices, replay=args.peer_replay, quick=args.quick,
+            devices=args.devices, draw=draw, quick=args.quick,
         )  # fmt: skip
-        row["peer"] = peer.info
-        check(cell, "rejax", (peer.info["env_steps"], peer.info["updates"]),
-              (steps, row["updates"]))  # fmt: skip
-        check(cell, "rejax", peer.info["backend"], jax.default_backend())
-    row |= peer_process.alternate(mine.run, peer, args.repeats)
-    if peer:
+        done = peers[draw].info
+        check(cell, "rejax", (done["env_steps"], done["updates"]), (steps, row["updates"]))
+        check(cell, "rejax", done["backend"], jax.default_backend())
+    theirs = {draw: peer.seconds for draw, peer in peers.items()}
+    times = alternate({"ours": mine.run, **theirs}, args.repeats)
+    row |= {"seconds": times["ours"], **rates(row, times["ours"])}
+    if not peers:
+        return [row]
+    rows = []
+    for draw, peer in peers.items():
         peer.close()
-        row["peer"] |= rates(row, row["peer_seconds"])
-    return {**row, **rates(row, row["seconds"])}
+        info = {**peer.info, **rates(row, times[draw])}
+        compared = {"peer_seconds": times[draw], **ratios(times["ours"], times[draw])}
+        rows.append({**row, "draw": draw, **compared, "peer": info})
+    return rows
 
 
 def rates(row: dict[str, Any], seconds: list[float]) -> dict[str, float]:
@@ -168,7 +187,7 @@ def updates_alone(cell: Cell, args: argparse.Namespace) -> dict:
         agent = definition.make(config, env.spec)
 
         def one(learner: Any, i: jax.Array) -> tuple[Any, Any]:
-            return agent.update(learner, jax.random.fold_in(key, i), full + i)
+            return agent.update(learner, jax.random.fold_in(key, i), full + i, i)
 
         return jax.lax.scan(one, learner, np.arange(count, dtype=np.int32))
 
@@ -188,7 +207,7 @@ def updates_alone(cell: Cell, args: argparse.Namespace) -> dict:
     )
     row = {"name": f"{cell.name}, updates alone", "seeds": 1, "total_steps": 0, "updates": count}
     row |= {"compile_s": compile_s, "gflop": cell.flops(env.spec) * count / 1e9, "peer": peer.info}
-    row |= peer_process.alternate(run, peer, args.repeats)
+    row |= against(run, peer.seconds, args.repeats)
     peer.close()
     row["peer"] |= rates(row, row["peer_seconds"])
     return {**row, **rates(row, row["seconds"])}
@@ -196,93 +215,73 @@ def updates_alone(cell: Cell, args: argparse.Namespace) -> dict:
 
 def table(rows: list[dict], peer: str) -> str:
     """The rows as Markdown."""
-    lines = [
-        f"| run | seeds | env steps/s | {peer} | updates/s | {peer} | ratio | GFLOP/s "
-        f"| compile s | {peer} |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        other = row.get("peer", {})
+    header = ["run", "seeds", "env steps/s", peer, "updates/s", peer, "ratio", "GFLOP/s",
+              "compile s", peer]  # fmt: skip
+    return markdown(header, map(cells, rows))
 
-        def pair(name: str, form: str, row: dict = row, other: dict = other) -> list[str]:
-            values = (row.get(name), other.get(name))
-            return [format(value, form) if value else "-" for value in values]
 
-        ratio = "-"
-        if "ratio" in row:
-            ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-        cells = [row["name"], str(row["seeds"]), *pair("env_steps_per_s", ",.0f")]
-        cells += [*pair("updates_per_s", ",.0f"), ratio, f"{row['gflop_per_s']:.1f}"]
-        lines.append("| " + " | ".join([*cells, *pair("compile_s", ".1f")]) + " |")
-    return "\n".join(lines)
+def cells(row: dict) -> list[Any]:
+    def pair(name: str, form: str) -> list[str]:
+        values = (row.get(name), row.get("peer", {}).get(name))
+        return [format(value, form) if value else "-" for value in values]
+
+    name = row["name"] + (", uniform draw" if row.get("draw") == "uniform" else "")
+    return [
+        name, row["seeds"], *pair("env_steps_per_s", ",.0f"), *pair("updates_per_s", ",.0f"),
+        ratio_text(row), f"{row['gflop_per_s']:.1f}", *pair("compile_s", ".1f"),
+    ]  # fmt: skip
 
 
 def geometric_means(rows: list[dict]) -> dict[str, float]:
-    """Of the ratios: over all rows, of each agent and of each number of seeds."""
+    """Of the ratios: over all rows, of each agent and of each number of seeds, and by the draw."""
     groups: dict[str, list[float]] = {}
     for row in rows:
+        suffix = ", uniform draw" if row["draw"] == "uniform" else ""
         for group in ("all", row["agent"], f"seeds = {row['seeds']}"):
-            groups.setdefault(group, []).append(row["ratio"])
+            groups.setdefault(group + suffix, []).append(row["ratio"])
     return {group: statistics.geometric_mean(ratios) for group, ratios in groups.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options(__doc__, "no-peers", "quick")
     parser.add_argument("--agents", nargs="+", default=["dqn", "ppo", "sac"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--devices", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--no-peers", action="store_true", help="our side alone")
-    parser.add_argument("--peer-replay", choices=("own", "uniform"), default="own",
-                        help="how rejax draws its batches; writes a file of its own")  # fmt: skip
     parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-rejax")
-    parser.add_argument("--quick", action="store_true",
-                        help="a tiny cell of each agent; makes no virtual environment")  # fmt: skip
     args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", args.devices)
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    from mbrl_jax.runtime.logs import describe_machine
+    start_jax(args.devices)
 
     versions = {"rejax": REJAX, "jax": jax.__version__, "jaxlib": jax.lib.__version__}
-    cells = [cell for cell in CELLS if cell.agent in args.agents]
+    chosen = [cell for cell in CELLS if cell.agent in args.agents]
     if args.quick:
-        cells = [next(cell for cell in cells if cell.agent == agent) for agent in args.agents]
+        chosen = [next(cell for cell in chosen if cell.agent == agent) for agent in args.agents]
     elif not args.no_peers:
         peer_process.provide(args.peer_venv, versions, "gymnax<1.0")
     python = None
     if not args.no_peers and peer_process.has(args.peer_venv, versions):
         python = peer_process.interpreter(args.peer_venv)
 
-    record: dict[str, Any] = {"made": describe_machine(), "devices": args.devices}
-    record |= {"repeats": args.repeats, "peer_replay": args.peer_replay, "rows": []}
-    suffix = "" if args.peer_replay == "own" else "_uniform"
-    path = args.out / f"bench_model_free{suffix}.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        path.write_text(json.dumps(record, indent=2) + "\n")
-
-    for cell in cells:
+    record = Record(args, "bench_model_free", devices=args.devices)
+    for cell in chosen:
         for seeds in args.seeds:
-            record["rows"].append(whole_run(cell, seeds, args, python))
-            print(table(record["rows"][-1:], "rejax").splitlines()[-1], flush=True)
-            write()
-    print("\n" + table(record["rows"], "rejax"))
+            for row in whole_run(cell, seeds, args, python):
+                record.add(row)
+                print(line(cells(row)), flush=True)
+    rows = record.data["rows"]
+    print("\n" + table(rows, "rejax"))
     if python:
-        record["geometric_means"] = geometric_means(record["rows"])
-        means = [f"{name} {mean:.2f}" for name, mean in record["geometric_means"].items()]
-        print(f"\ngeometric means of the ratios: {', '.join(means)}")
+        record.data["geometric_means"] = geometric_means(rows)
+        means = [f"{name} {mean:.2f}" for name, mean in record.data["geometric_means"].items()]
+        print(f"\ngeometric means of the ratios: {'; '.join(means)}")
     wide = next(cell for cell in CELLS if cell.name == "sac 256 x 256")
     if "sac" in args.agents and not args.no_peers:
         if importlib.util.find_spec("torch"):
-            record["torch"] = [updates_alone(wide, args)]
-            print("\n" + table(record["torch"], "PyTorch"))
+            record.add(updates_alone(wide, args), "torch")
+            print("\n" + table(record.data["torch"], "PyTorch"))
         else:
             print("\nPyTorch's SAC is left out: no torch here; pip install 'mbrl-jax[peers]'")
-    write()
-    print(f"\nwritten: {path}")
+    record.write()
+    print(f"\nwritten: {record.path}")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,8 @@ run; the plain PyTorch loops need the extra `peers`. Writes benchmarks/results/b
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -42,14 +40,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peer_process
-from peer_process import Peer, timed
+from common import HERE, Record, against, line, markdown, options, ratio_text, start_jax, timed
+from peer_process import Peer
 
 from mbrl_jax import planning
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import dynamics, ensemble, fit, rollout
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, Transition
 
-HERE = Path(__file__).parent
 SIZES = {"obs": 17, "act": 6, "hidden": [200] * 4, "members": 7, "elites": 5, "batch": 256}
 CEM = {"samples": 350, "elites": 35, "particles": 20, "horizon": 15, "iterations": 5}
 TRAINING = {"rows": 20_000, "held": 4_000, "epochs": 4}
@@ -176,44 +173,32 @@ def row(
 ) -> dict[str, Any]:
     """The sides in turn; `scale` is how many times a run of the peer is to be counted."""
     found: dict[str, Any] = {"name": name, "peer_name": peer_name, "compile_s": ours.compile_s}
-    found |= {"gflop": ours.gflop, **peer_process.alternate(ours.run, peer, repeats)}
+    theirs = peer.seconds if peer else None
+    found |= {"gflop": ours.gflop, **against(ours.run, theirs, repeats, scale)}
     found["gflop_per_s"] = ours.gflop / statistics.median(found["seconds"])
     if peer:
-        for field in ("ratio", "ratio_min", "ratio_max"):
-            found[field] *= scale
-        found |= {"peer_seconds": [scale * s for s in found["peer_seconds"]], "peer": peer.info}
+        found["peer"] = peer.info
         peer.close()
     return found
 
 
-def table(rows: list[dict[str, Any]], best: float) -> str:
-    lines = [
-        "| part | against | seconds | theirs | ratio | GFLOP/s | of the ceiling | compile s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in rows:
-        theirs = ratio = "-"
-        if "ratio" in one:
-            theirs = f"{statistics.median(one['peer_seconds']):.3g}"
-            ratio = f"{one['ratio']:.3g} ({one['ratio_min']:.3g} to {one['ratio_max']:.3g})"
-        cells = [one["name"], one["peer_name"], f"{statistics.median(one['seconds']):.3g}", theirs]
-        cells += [ratio, f"{one['gflop_per_s']:.0f}", f"{one['gflop_per_s'] / best:.0%}"]
-        lines.append("| " + " | ".join([*cells, f"{one['compile_s']:.1f}"]) + " |")
-    return "\n".join(lines)
+HEADER = ["part", "against", "seconds", "theirs", "ratio", "GFLOP/s", "of the ceiling", "compile s"]
+
+
+def cells(row: dict[str, Any], best: float) -> list[str]:
+    theirs = f"{statistics.median(row['peer_seconds']):.3g}" if "ratio" in row else "-"
+    return [
+        row["name"], row["peer_name"], f"{statistics.median(row['seconds']):.3g}", theirs,
+        ratio_text(row, ".3g"), f"{row['gflop_per_s']:.0f}", f"{row['gflop_per_s'] / best:.0%}",
+        f"{row['compile_s']:.1f}",
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options(__doc__, "no-peers", "quick")
     parser.add_argument("--parts", nargs="+", default=["training", "rollouts", "planning"])
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--no-peers", action="store_true", help="our side alone")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny sizes; makes no virtual environment")  # fmt: skip
     args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    from mbrl_jax.runtime.logs import describe_machine
+    start_jax()
 
     data, cem, states, textbook = TRAINING, CEM, STATES, TEXTBOOK_STATES
     if args.quick:
@@ -243,15 +228,12 @@ def main() -> None:
         return Peer(pythons[name], scripts[name], part=part, sizes=SIZES, **request)
 
     best = ceiling(args.repeats)
-    record: dict[str, Any] = {"made": describe_machine(), "repeats": args.repeats}
-    record |= {"ceiling_gflop_per_s": best, "versions": MBRL_LIB | RL_BLOX, "rows": []}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "bench_models.json"
+    versions = MBRL_LIB | RL_BLOX
+    record = Record(args, "bench_models", ceiling_gflop_per_s=best, versions=versions)
 
     def add(*arguments: Any, scale: float = 1.0) -> None:
-        record["rows"].append(row(*arguments, args.repeats, scale))
-        print(table(record["rows"][-1:], best).splitlines()[-1], flush=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        record.add(row(*arguments, args.repeats, scale))
+        print(line(cells(record.data["rows"][-1], best)), flush=True)
 
     if "training" in args.parts:
         work, steps = training(SIZES["members"], **data)
@@ -273,7 +255,8 @@ def main() -> None:
         work = plan(cem)
         for name in ("mbrl-lib", "rl-blox"):
             add("planning, one action", name, work, peer(name, "planning", cem=cem, members=5))
-    print(f"\nceiling: {best:.0f} GFLOP/s\n\n{table(record['rows'], best)}\n\nwritten: {path}")
+    whole = markdown(HEADER, (cells(row, best) for row in record.data["rows"]))
+    print(f"\nceiling: {best:.0f} GFLOP/s\n\n{whole}\n\nwritten: {record.path}")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,9 @@ mctx comes with the extra `dev`, or `peers`. Writes benchmarks/results/bench_sea
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.metadata
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -51,15 +49,13 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
-from peer_process import timed
+from common import Record, alternate, line, markdown, options, ratio_text, ratios, start_jax, timed
 from search_models import FUNCTIONS, STATE, weights
 
 from mbrl_jax import search
-from mbrl_jax.runtime.logs import describe_machine
 from mbrl_jax.search import halving
 from mbrl_jax.search.trees import node_depths
 
-HERE = Path(__file__).parent
 POLICIES = ("gumbel_muzero_policy", "muzero_policy")
 LEAST_SECONDS = 0.05
 MANY, MOST_EDGES = 800, 5_000
@@ -101,7 +97,7 @@ def compiled(run: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def alternate(pair: list[Callable[[], Any]], repeats: int) -> dict[str, Any]:
+def in_turn(pair: list[Callable[[], Any]], repeats: int) -> dict[str, Any]:
     """Milliseconds of both, in turn, and how much longer the second takes."""
     first = timed(pair[1])[0]
     # short calls are repeated within one measurement, long ones measured less often
@@ -111,11 +107,11 @@ def alternate(pair: list[Callable[[], Any]], repeats: int) -> dict[str, Any]:
     def seconds(run: Callable[[], Any]) -> float:
         return timed(lambda: [run() for _ in range(times)])[0] / times
 
-    own, other = zip(*([seconds(run) for run in pair] for _ in range(repeats)), strict=True)
-    ratios = [b / a for a, b in zip(own, other, strict=True)]
+    sides = dict(zip("ab", (lambda run=run: seconds(run) for run in pair), strict=True))
+    own, other = alternate(sides, repeats).values()
     return {
         "ms": 1e3 * statistics.median(own), "other_ms": 1e3 * statistics.median(other),
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+        **ratios(own, other),
     }  # fmt: skip
 
 
@@ -127,7 +123,7 @@ def cell(
     sides = [compiled(lambda *x, run=run: advice(run(*x)), args) for run in runs]
     with alone:
         visits = [np.asarray(one["run"](*args)[2]) for one in sides]
-        times = alternate([lambda one=one: one["run"](*args) for one in sides], repeats)
+        times = in_turn([lambda one=one: one["run"](*args) for one in sides], repeats)
     row = {
         "policy": policy, "function": function, "batch": batch, "simulations": num_simulations,
         "actions": num_actions, **times,
@@ -216,7 +212,7 @@ def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats:
     def ratio(run: Callable) -> dict[str, Any]:
         single, mapped = compiled(run, whole)["run"], compiled(jax.vmap(run), apart)["run"]
         with alone:
-            return alternate([lambda: single(*whole), lambda: mapped(*apart)], repeats)
+            return in_turn([lambda: single(*whole), lambda: mapped(*apart)], repeats)
 
     run = searched(search, policy, function, num_simulations)
     return {
@@ -228,45 +224,33 @@ def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats:
 
 
 HEADER = [
-    "| policy | function | batch | simulations | actions | ms | mctx | ratio | visits agree "
-    "| compile s | mctx | temp MB | mctx |",
-    "|" + "---|" * 13,
-]
+    "policy", "function", "batch", "simulations", "actions", "ms", "mctx", "ratio",
+    "visits agree", "compile s", "mctx", "temp MB", "mctx",
+]  # fmt: skip
+LEVELS = [
+    "policy", "simulations", "actions", "calls", "mctx", "levels", "mctx", "kernels", "mctx",
+    "host reads", "mctx",
+]  # fmt: skip
+SEEDS = ["policy", "function", "one search ms", "8 seeds ms", "seeds / one", "of the network alone"]
 
 
-def line(row: dict[str, Any]) -> str:
-    ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+def cell_cells(row: dict[str, Any]) -> list[Any]:
     cells = [row["policy"].removesuffix("_policy"), row["function"], row["batch"],
              row["simulations"], row["actions"], f"{row['ms']:.3g}", f"{row['mctx_ms']:.3g}",
-             ratio, f"{row['same_visits']:.0%}"]  # fmt: skip
-    cells += [f"{row[name]:.3g}" for name in
-              ("compile_s", "mctx_compile_s", "temp_mb", "mctx_temp_mb")]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+             ratio_text(row), f"{row['same_visits']:.0%}"]  # fmt: skip
+    return cells + [f"{row[name]:.3g}" for name in
+                    ("compile_s", "mctx_compile_s", "temp_mb", "mctx_temp_mb")]  # fmt: skip
 
 
-LEVELS = [
-    "| policy | simulations | actions | calls | mctx | levels | mctx | kernels | mctx "
-    "| host reads | mctx |",
-    "|" + "---|" * 11,
-]
-SEEDS = [
-    "| policy | function | one search ms | 8 seeds ms | seeds / one | of the network alone |",
-    "|" + "---|" * 6,
-]
-
-
-def level_line(row: dict[str, Any]) -> str:
+def level_cells(row: dict[str, Any]) -> list[Any]:
     own = "calls", "levels", "kernels", "host_reads"
     names = ["simulations", "actions", *(x for name in own for x in (name, f"mctx_{name}"))]
-    cells = [row["policy"].removesuffix("_policy"), *(row.get(name, "") for name in names)]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return [row["policy"].removesuffix("_policy"), *(row.get(name, "") for name in names)]
 
 
-def seeds_line(row: dict[str, Any]) -> str:
-    ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-    cells = [row["policy"].removesuffix("_policy"), row["function"], f"{row['ms']:.3g}",
-             f"{row['other_ms']:.3g}", ratio, f"{row['network_ratio']:.2f}"]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+def seeds_cells(row: dict[str, Any]) -> list[Any]:
+    return [row["policy"].removesuffix("_policy"), row["function"], f"{row['ms']:.3g}",
+            f"{row['other_ms']:.3g}", ratio_text(row), f"{row['network_ratio']:.2f}"]  # fmt: skip
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
@@ -296,7 +280,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def worker(lock: Any) -> None:
     global alone
     alone = lock
-    jax.config.update("jax_enable_compilation_cache", False)
+    start_jax()
 
 
 def measured(task: tuple[Any, ...]) -> dict[str, Any]:
@@ -321,27 +305,24 @@ def rows(tasks: list[tuple[Any, ...]], processes: int) -> Iterator[tuple[int, di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = options(__doc__)
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256, 1024])
     parser.add_argument("--simulations", type=int, nargs="+", default=[16, 50, 128])
     parser.add_argument("--actions", type=int, nargs="+", default=[4, 18, 82])
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--name", default="bench_search")
     args = parser.parse_args()
-    made, found = describe_machine(), {}
+    record, found = Record(args, args.name), {}
+    made = record.data["made"]
     made["versions"]["mctx"] = importlib.metadata.version("mctx")
     made["xla_flags"] = os.environ.get("XLA_FLAGS", "")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.json"
 
     tables = {
-        seeds: ("seeds", SEEDS, seeds_line),
-        levels: ("levels", LEVELS, level_line),
-        cell: ("rows", HEADER, line),
+        seeds: ("seeds", SEEDS, seeds_cells),
+        levels: ("levels", LEVELS, level_cells),
+        cell: ("rows", HEADER, cell_cells),
     }
     most = args.simulations[-1]
     tasks: list[tuple[Any, ...]] = [
@@ -362,14 +343,14 @@ def main() -> None:
         ]
     for i, row in rows(tasks, args.processes):
         found[i] = row
-        record: dict[str, Any] = {"made": made, "rows": [], "levels": [], "seeds": []}
+        record.data |= {"rows": [], "levels": [], "seeds": []}
         for n in sorted(found):
-            record[tables[tasks[n][0]][0]].append(found[n])
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(tables[tasks[i][0]][2](row), flush=True)
+            record.data[tables[tasks[n][0]][0]].append(found[n])
+        record.write()
+        print(line(tables[tasks[i][0]][2](row)), flush=True)
     for name, header, form in tables.values():
-        print("\n".join(["", *header, *map(form, record[name])]))
-    print("\n".join(["", *summary(record["rows"]), f"\nwritten: {path}"]))
+        print(f"\n{markdown(header, map(form, record.data[name]))}")
+    print("\n".join(["", *summary(record.data["rows"]), f"\nwritten: {record.path}"]))
 
 
 if __name__ == "__main__":

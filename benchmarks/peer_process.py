@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -82,29 +80,6 @@ def serve(load: Loader) -> None:
             assert run is not None
             answer = {"seconds": run()}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-def alternate(run: Callable[[], float], peer: Peer | None, repeats: int) -> dict[str, Any]:
-    """Seconds of both sides in turn, and the ratio of theirs to ours."""
-    own, other = [], []
-    for _ in range(repeats):
-        own.append(run())
-        if peer:
-            other.append(peer.seconds())
-    if not peer:
-        return {"seconds": own}
-    pairs = [b / a for a, b in zip(own, other, strict=True)]
-    spread = {"ratio_min": min(pairs), "ratio_max": max(pairs)}
-    return {"seconds": own, "peer_seconds": other, "ratio": statistics.median(pairs), **spread}
-
-
-def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Seconds until what `fn` gives, a tree of JAX arrays, is there; and that."""
-    import jax
-
-    start = time.perf_counter()
-    out = jax.block_until_ready(fn(*args))
-    return time.perf_counter() - start, out
 
 
 def faster_threads(torch: Any, run: Callable[[], float]) -> dict[int, float]:

@@ -7,12 +7,12 @@ once. It imports nothing of ours.
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from common import start_jax, timed
 from peer_process import serve
 
 
@@ -99,24 +99,17 @@ def uniform_replay() -> None:
     ReplayBuffer.sample = sample
 
 
-def seconds(fn: Callable, *args: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    out = jax.block_until_ready(fn(*args))
-    return time.perf_counter() - start, out
-
-
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
     """Compiles every candidate, keeps the one whose run is shortest, and tells what it did."""
-    jax.config.update("jax_num_cpu_devices", request["devices"])
-    jax.config.update("jax_enable_compilation_cache", False)
-    if request["replay"] == "uniform":
+    start_jax(request["devices"])
+    if request["draw"] == "uniform":
         uniform_replay()
     algo = algorithm(request["cell"], request["total_steps"])
     found: list[tuple[float, str, float, Any, jax.Array]] = []
     done = {}
     for name, (fn, keys) in candidates(algo.train, request["seeds"]).items():
-        compile_s, compiled = seconds(lambda fn=fn, keys=keys: fn.lower(keys).compile())
-        run_s, (state, _) = seconds(compiled, keys)
+        compile_s, compiled = timed(lambda fn=fn, keys=keys: fn.lower(keys).compile())
+        run_s, (state, _) = timed(compiled, keys)
         done = counts(state)
         found.append((run_s, name, compile_s, compiled, keys))
         if request["quick"]:
@@ -127,7 +120,7 @@ def load(request: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
     versions = {package: importlib.metadata.version(package) for package in packages}
     info = {"mode": name, "tried": tried, "compile_s": compile_s, **done, "versions": versions}
     info["backend"] = jax.default_backend()
-    return info, lambda: seconds(compiled, keys)[0]
+    return info, lambda: timed(compiled, keys)[0]
 
 
 if __name__ == "__main__":

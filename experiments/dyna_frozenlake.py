@@ -24,7 +24,8 @@ import tyro
 from common import Tables, exploring_optimum, histories, mean_interval, per_episode, report
 
 from mbrl_jax.analysis import plots
-from mbrl_jax.analysis.stats import Interval, mean, steps_to_threshold
+from mbrl_jax.analysis.arrivals import steps_to_threshold
+from mbrl_jax.analysis.stats import Interval, mean
 from mbrl_jax.envs import make_env, policy_evaluation, tabular
 
 GAMMA, EPSILON = 0.99, 0.1

@@ -19,14 +19,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
 from common import Tables, exploring_optimum, histories, mean_interval, per_episode, report
 
 from mbrl_jax.analysis import plots
-from mbrl_jax.analysis.stats import Interval, bootstrap_interval, first_reach, mean
+from mbrl_jax.analysis.arrivals import first_reach, median_ratio, median_time
+from mbrl_jax.analysis.stats import Interval, bootstrap_interval, mean
 from mbrl_jax.envs import Env, hitting_time, make_env, tabular
 
 GAMMA, EPSILON = 0.95, 0.1
@@ -177,18 +178,21 @@ def sweeping(
         env = make_env("DynaMaze-sutton", resolution=resolution, max_steps_in_episode=ENDLESS)
         check = {"eval_every": 20, "eval_episodes": 4}
         check["eval_max_steps"] = int(1.2 * round(optimal_steps(env, 0.0)))
-        needed, row = [], {}
+        reached, limits, row = [], [], {}
         for index, (label, agent) in enumerate(agents.items()):
             history = histories(agent, env, total_steps, seeds, fields, names, index, **check)
             # "backups" is the mean over the steps of a period
             updates = np.cumsum(20 * history["backups"].astype(float), axis=1)
             steps = first_reach(history["env_steps"][0], history["eval_return"], 1.0)
             at = np.minimum(steps / 20, updates.shape[1]).astype(int) - 1
-            needed.append(updates[np.arange(seeds), at])
-            row[f"{label}: updates"] = bootstrap_interval(needed[-1], _median)
+            # a seed that does not get there counts as infinite, not with its budget
+            needed = np.where(np.isfinite(steps), updates[np.arange(seeds), at], np.inf)
+            reached.append(needed)
+            limits.append(updates[:, -1])
+            row[f"{label}: updates"] = median_time(needed)
             row[f"{label}: environment steps"] = float(np.median(steps))
             row[f"{label}: seeds solved"] = mean_interval(np.isfinite(steps))
-        row["ratio of updates"] = bootstrap_interval(np.stack(needed, axis=1), _ratio_of_medians)
+        row["ratio of updates"] = median_ratio(*reached, *limits)
         title = f"{env.spec.num_obs} states"
         rows[title] = row
         panels[title] = {label: row[f"{label}: updates"] for label in agents}
@@ -215,14 +219,6 @@ def _first_below(lengths: np.ndarray, threshold: float) -> Interval:
         return np.where(low.any(axis=-1), low.argmax(axis=-1) + 1.0, np.inf)
 
     return bootstrap_interval(np.arange(len(lengths)), first, replicates=500)
-
-
-def _median(scores: np.ndarray) -> Any:
-    return np.median(scores, axis=(-2, -1))
-
-
-def _ratio_of_medians(scores: np.ndarray) -> Any:
-    return np.median(scores[..., 0], axis=-1) / np.median(scores[..., 1], axis=-1)
 
 
 FIGURES: dict[str, Callable[..., Tables]] = {

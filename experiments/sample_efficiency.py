@@ -3,13 +3,15 @@
     python experiments/sample_efficiency.py
     python experiments/sample_efficiency.py --only Pendulum
 
-All arms have MBPO's preset for the policy, the critics and the warm-up. "SAC" makes one update a
-step, "SAC, 20 updates" as many as MBPO, which is the honest ablation of the model, and "DroQ" as
-many with its dropout critics. HalfCheetah is smaller than in the paper (`learning.CHEETAH`). A row
-is stored as soon as it has run (`learning.py`).
+All arms but one have MBPO's preset for the policy, the critics and the warm-up. "SAC" makes one
+update a step, "SAC, 20 updates" as many as MBPO, which is the honest ablation of the model, and
+"DroQ" as many with its dropout critics. "SAC, its own preset" is what a user of SAC alone would
+run (one update a step; not for HalfCheetah, for which SAC has none). HalfCheetah is smaller than in
+the paper (`learning.CHEETAH`). A row is stored as soon as it has run (`learning.py`).
 
-Steps to a threshold are those of a seed's first evaluation at or above it; the ratio is that of
-the medians over seeds, infinite where half of the seeds never reach it.
+Steps to a threshold are those of a seed's first evaluation at or above it, infinite without one;
+the ratio is that of the medians over seeds (`analysis.arrivals`): infinite where half of an arm's
+seeds never reach it, 0 where half of MBPO's do not, and undetermined where both do not.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from learning import CHEETAH, Options, Run
 
 from mbrl_jax.agents import AGENTS
 from mbrl_jax.analysis import plots
-from mbrl_jax.analysis.stats import bootstrap_interval, first_reach, steps_to_threshold
+from mbrl_jax.analysis.arrivals import first_reach, median_ratio, steps_to_threshold
 
 THRESHOLDS = {"Pendulum-v1": -200.0, "ContinuousCartPole-v0": 475.0, "HalfCheetah-v5": 500.0}
 # steps of SAC and of the others, evaluation of both, and episodes of one evaluation
@@ -53,7 +55,9 @@ def arms(env: str) -> list[Run]:
         return Run("sac", env, steps, target, every, episodes,
                    overrides={**shared, **batch, **fields}, title=title)  # fmt: skip
 
+    own = Run("sac", env, slow, target, every, episodes, title="SAC, its own preset")
     return [
+        *([own] if env in AGENTS["sac"].presets else []),
         sac(slow, "SAC"),
         sac(fast, f"SAC, {many} updates", updates=many),
         sac(fast, f"DroQ, {many} updates", updates=many, **droq),
@@ -113,18 +117,11 @@ def efficiency(
         "budget": int(steps[-1]),
     }
     if "MBPO" in curves and title != "MBPO":
-        reach = [first_reach(*curves[name], threshold) for name in (title, "MBPO")]
-        # a seed that never gets there counts with its whole budget: the ratio is a lower bound
-        reach = [np.where(np.isfinite(r), r, curves[n][0][-1]) for r, n in zip(
-            reach, (title, "MBPO"), strict=True)]  # fmt: skip
-        if len(reach[0]) == len(reach[1]):
-            row["times MBPO's steps, at least"] = bootstrap_interval(np.stack(reach, 1), ratio)
+        arms = [curves[title], curves["MBPO"]]
+        reach = [first_reach(*arm, threshold) for arm in arms]
+        ratio = median_ratio(*reach, *(int(arm[0][-1]) for arm in arms))
+        row["times MBPO's steps"] = "undetermined" if np.isnan(ratio.point) else ratio
     return row
-
-
-def ratio(scores: np.ndarray) -> Any:
-    """Of the medians of two columns, [..., seeds, 2] -> [...]."""
-    return np.median(scores[..., 0], axis=-1) / np.median(scores[..., 1], axis=-1)
 
 
 if __name__ == "__main__":

@@ -220,10 +220,26 @@ def test_steps_to_a_threshold_and_their_ratio():
     steps = np.array([100.0, 200.0, 300.0, 400.0])
     slow = np.array([[0, 0, 0, 1.0]] * 3)
     fast = np.array([[1.0, 0, 0, 0]] * 3)
-    curves = {"SAC": (steps, slow), "MBPO": (steps, fast)}
-    row = sample_efficiency.efficiency(curves, "SAC", 1.0)
-    assert row["median of the first step there"].point == 400
-    assert row["times MBPO's steps, at least"] == (4.0, 4.0, 4.0)
-    never = sample_efficiency.efficiency({**curves, "SAC": (steps, 0 * slow)}, "SAC", 1.0)
+
+    def row(sac, mbpo):
+        curves = {"SAC": (steps, sac), "MBPO": (steps[:2], mbpo[:, :2])}
+        return sample_efficiency.efficiency(curves, "SAC", 1.0)
+
+    both = row(slow, fast)
+    assert both["median of the first step there"].point == 400
+    assert both["times MBPO's steps"] == (4.0, 4.0, 4.0)
+    # a seed that never arrives counts as infinite on either side, not with its budget
+    never = row(0 * slow, fast)
     assert never["median of the first step there"].point == np.inf
-    assert never["times MBPO's steps, at least"].point == 4.0
+    assert never["times MBPO's steps"] == (np.inf, 4.0, np.inf)
+    assert row(slow, 0 * fast)["times MBPO's steps"] == (0.0, 0.0, 2.0)
+    assert row(0 * slow, 0 * fast)["times MBPO's steps"] == "undetermined"
+    assert "times MBPO's steps" not in sample_efficiency.efficiency(
+        {"MBPO": (steps, fast)}, "MBPO", 1.0
+    )
+
+
+def test_sac_takes_part_with_its_own_preset():
+    for env in ("Pendulum-v1", "ContinuousCartPole-v0"):
+        own = [run for run in sample_efficiency.arms(env) if run.title == "SAC, its own preset"]
+        assert [(run.agent, dict(run.overrides)) for run in own] == [("sac", {})]

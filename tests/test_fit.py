@@ -7,10 +7,9 @@ import pytest
 from probes import quick
 from scipy import stats
 
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import dynamics, ensemble, fit
 from mbrl_jax.models.dynamics import Config
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import EnvSpec, InputError, Transition
 
 SPEC = EnvSpec("toy", (1,), "float32", 100, action_low=(-1.0,), action_high=(1.0,))
 NET = Config(hidden=(32, 32), weight_decay=(1e-5,), termination="never")

@@ -13,9 +13,8 @@ from test_pets import batch
 
 from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.agents import make_agent, mbpo
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import rollout
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, Transition
 
 PENDULUM = make_env("Pendulum-v1").spec
 POLE = make_env("ContinuousCartPole-v0").spec
@@ -51,7 +50,7 @@ def trained(spec=PENDULUM, trainings=1, **fields):
 
 
 def unpacked(state, spec=PENDULUM):
-    layout = mbpo.ring.make(mbpo.ring.transition_example(spec), 1).layout
+    layout = mbpo.ring.make(mbpo.Transition.example(spec), 1).layout
     return Transition(*map(np.asarray, layout.unpack(state.imagined.rows)))
 
 

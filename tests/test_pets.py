@@ -9,9 +9,8 @@ from probes import quick
 
 from mbrl_jax import AGENTS, InputError, make_env, planning
 from mbrl_jax.agents import make_agent, pets
-from mbrl_jax.data.ring import transition_example
 from mbrl_jax.models import ensemble
-from mbrl_jax.types import EnvSpec, Step
+from mbrl_jax.types import EnvSpec, Step, Transition
 
 PENDULUM = make_env("Pendulum-v1").spec
 CARTPOLE = make_env("CartPole-v1").spec
@@ -24,7 +23,7 @@ def config(spec=PENDULUM, **fields):
 def batch(spec, num, seed=0):
     """A step of `num` environments with random numbers."""
     rng = np.random.default_rng(seed)
-    example = transition_example(spec)
+    example = Transition.example(spec)
 
     def fill(leaf):
         if leaf.dtype == bool:
@@ -33,7 +32,8 @@ def batch(spec, num, seed=0):
             return jnp.asarray(rng.integers(0, 2, (num, *leaf.shape)), jnp.int32)
         return jnp.float32(rng.uniform(-1, 1, (num, *leaf.shape)))
 
-    return Step(*jax.tree.map(fill, example), jnp.zeros(num, bool))
+    never = jnp.zeros(num, bool)
+    return Step(*jax.tree.map(fill, example), never, never)
 
 
 def after_training(agent, spec, updates=1):
@@ -44,7 +44,7 @@ def after_training(agent, spec, updates=1):
         for t in range(32):
             state = agent.observe(state, batch(spec, 1, t), (), jnp.int32(t))
         for i in range(updates):
-            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31))
+            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31), jnp.int32(i))
         return state
 
     return quick(run)(jax.random.key(0))
@@ -57,7 +57,11 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
     agent = make_agent("pets", spec, cfg)
     state = after_training(agent, spec)
     obs = batch(spec, 2, 99).obs
-    act = quick(lambda memory, first, key: agent.act(state, memory, obs, first, key, True)[:2])
+    act = quick(
+        lambda memory, first, key: agent.act(
+            state, memory, obs, first, key, jnp.int32(32), "train"
+        )[:2]
+    )
     first = jnp.ones(2, bool)
     action, memory = act(agent.init_memory(2), first, jax.random.key(5))
     again, _ = act(memory, first, jax.random.key(5))

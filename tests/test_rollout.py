@@ -11,7 +11,7 @@ from mbrl_jax.models import dynamics, ensemble, rollout
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
 from mbrl_jax.models.oracle import oracle
 from mbrl_jax.models.rollout import Rules
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import EnvSpec, InputError, Transition
 
 CLASSIC = (
     "CartPole-v1", "ContinuousCartPole-v0", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0",
@@ -39,7 +39,7 @@ def test_an_oracle_rollout_is_the_true_trajectory(env_id):
     state, obs = jax.vmap(env.reset)(keys)
     depth = 30
     draws = jax.random.split(jax.random.key(1), depth * 4).reshape(depth, 4)
-    actions = jax.vmap(jax.vmap(env.random_action))(draws)
+    actions = jax.vmap(jax.vmap(env.spec.random_action))(draws)
     got = rollout.rollout(oracle(env), env.params, obs, actions, jax.random.key(2))
     alive = np.ones(4, bool)
     for t in range(depth):
@@ -149,7 +149,7 @@ def test_numbers_that_are_not_finite_end_a_row_and_touch_no_other():
 
 def test_a_rollout_writes_its_rows_one_behind_the_other_into_a_ring():
     spec = EnvSpec("walk", (1,), "float32", 9, action_low=(-1.0,), action_high=(1.0,))
-    store = ring.make(ring.transition_example(spec), 64)
+    store = ring.make(Transition.example(spec), 64)
 
     def write(carry, depth, row, score, mask):
         return store.add_masked(*carry[:1], row, mask, carry[1])

@@ -9,7 +9,7 @@ from mbrl_jax.data import ring
 from mbrl_jax.models import rollout, rollout_rules
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
 from mbrl_jax.models.rollout_rules import Config, Lengths, make_rules
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import EnvSpec, InputError, Transition
 
 SPEC = EnvSpec("walk", (2,), "float32", 9, action_low=(-1.0,), action_high=(1.0,))
 LENGTHS = Lengths((1, 15), (20_000, 150_000), 20)
@@ -22,7 +22,7 @@ def walk(drift, obs, action, key):
 
 
 WALK = DynamicsModel(walk)
-REPLAY = ring.make(ring.transition_example(SPEC), 60, 3)
+REPLAY = ring.make(Transition.example(SPEC), 60, 3)
 
 
 def rolled(config, starts, memory=None, length=4):
@@ -138,7 +138,7 @@ def test_fresh_errors_are_those_of_a_biased_model_over_the_newest_windows(steps)
         action = np.float32(rng.uniform(-1, 1, size=(3, 1)))
         after = obs + action
         cut = np.full(3, t % 7 == 6)
-        row = ring.Transition(obs, action, after[:, 0], after, np.zeros(3, bool), cut)
+        row = Transition(obs, action, after[:, 0], after, np.zeros(3, bool), cut)
         rows = REPLAY.add(rows, jax.tree.map(jnp.asarray, row), jnp.int32(t))
         kept.append(obs)
         obs = np.float32(rng.normal(size=(3, 2))) if cut[0] else after

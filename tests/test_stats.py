@@ -286,41 +286,6 @@ def test_a_curve_in_blocks_is_the_same(monkeypatch):
     np.testing.assert_array_equal(stats.bootstrap_curve(curves), whole)
 
 
-# ---- steps to a threshold
-
-
-def test_first_reach_is_the_first_evaluation_at_or_above():
-    steps = [10, 20, 30]
-    curves = [[1, 2, 3], [2, 0, 0], [0, 0, 1], [np.nan, np.nan, 2]]
-    np.testing.assert_array_equal(stats.first_reach(steps, curves, 2), [20, 10, np.inf, 30])
-
-
-def test_steps_to_threshold_with_runs_that_never_reach_it():
-    steps = np.arange(1, 11) * 100
-
-    def curves(*reach):
-        return steps >= np.array(reach)[:, None]
-
-    assert stats.steps_to_threshold(steps, curves(200, 300, 400), 1).point == 300
-    some = stats.steps_to_threshold(steps, curves(200, 300, 300, 9999, 9999), 1)
-    assert (some.point, some.low, some.high) == (300, 200, np.inf)
-    # half of the seeds is not more than half
-    assert stats.steps_to_threshold(steps, curves(200, 9999), 1).point == np.inf
-    assert stats.steps_to_threshold(steps, curves(9999, 9999), 1) == (np.inf, np.inf, np.inf)
-
-
-@given(st.integers(1, 12), st.floats(-1, 4), st.integers(0, 5))
-@relaxed
-def test_a_higher_threshold_is_never_reached_sooner(num_seeds, threshold, seed):
-    curves = np.random.default_rng(seed).normal(size=(num_seeds, 20)).cumsum(axis=1)
-    steps = np.arange(20)
-    lower = stats.steps_to_threshold(steps, curves, threshold, replicates=100)
-    higher = stats.steps_to_threshold(steps, curves, threshold + 1, replicates=100)
-    assert not np.isnan([lower, higher]).any()
-    assert all(a <= b for a, b in zip(lower, higher, strict=True))
-    assert lower.low <= lower.high
-
-
 # ---- what is refused
 
 
@@ -345,9 +310,6 @@ def test_scores_that_are_no_scores_are_refused(scores, statistic):
         (lambda: stats.performance_profile(X, []), "thresholds have"),
         (lambda: stats.performance_profile(X, [np.nan]), "thresholds have"),
         (lambda: stats.probability_of_improvement(X, Y[:, 1:]), "5 tasks and y has 4"),
-        (lambda: stats.first_reach([1, 2], [[1, 2, 3]], 1), r"\(2,\) and curves \(1, 3\)"),
-        (lambda: stats.first_reach([2, 1], [[1, 2]], 1), "from 2 to 1"),
-        (lambda: stats.steps_to_threshold([], [[]], 1), r"\(1, 0\)"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call, message):
@@ -359,7 +321,7 @@ def test_bad_input_is_refused_in_one_line(call, message):
 
 def test_stats_need_neither_jax_nor_matplotlib():
     code = (
-        "import sys; from mbrl_jax.analysis import runs, stats; "
+        "import sys; from mbrl_jax.analysis import arrivals, runs, stats; "
         "print({'jax', 'gymnax', 'matplotlib', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef, sac
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.data.rows import Rows, write_slice
 from mbrl_jax.models import diagnostics, dynamics, ensemble, fit, rollout
 from mbrl_jax.types import (
@@ -32,10 +31,13 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
+    NStep,
     PyTree,
     Scalar,
     Schedule,
     Step,
+    Transition,
     config,
     ranged,
 )
@@ -152,13 +154,14 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         or schedule that goes backwards; as `dynamics.make`, `ensemble.make`, `sac.make_learner`.
     """
     cfg = config
+    spec.check_usable("MBPO")
     _check(cfg)
     learner = sac.make_learner(cfg.sac, spec)
     models = ensemble.make(_termination(cfg.model, spec), spec, cfg.num_members, cfg.num_elites)
-    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
+    replay = ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
     num_rollouts = cfg.rollouts_per_step * cfg.model_period * cfg.num_envs
     longest = cfg.rollout_length[1]
-    one_round = ring.make(ring.transition_example(spec), num_rollouts * longest)
+    one_round = ring.make(Transition.example(spec), num_rollouts * longest)
     score = cfg.score if cfg.truncation != "none" else "none"
     model = models.model("ts1", score)
     first = -(-cfg.warmup_steps // cfg.num_envs)  # the batched step of the first update
@@ -175,11 +178,11 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         shapes = jax.eval_shape(refresh, state, jax.random.key(0), jnp.int32(first)).report
         return state._replace(report=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
-    def act(state: State, memory: jax.Array, obs, is_first, key, explore: bool):
-        return learner.act(state.learner.params.actor, memory, obs, is_first, key, explore)
+    def act(state: State, memory: jax.Array, obs, is_first, key, t: jax.Array, mode: Mode):
+        return learner.act(state.learner.params.actor, memory, obs, is_first, key, mode)
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        return state._replace(replay=replay.add(state.replay, Transition(*step[:6]), t))
+        return state._replace(replay=replay.add(state.replay, Transition.of(step), t))
 
     def policy(actor: PyTree):
         def sample(obs: jax.Array, key: jax.Array, depth: jax.Array) -> jax.Array:
@@ -296,15 +299,15 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         discount = jnp.where(row.terminated, 0.0, cfg.sac.gamma)
         return NStep(row.obs, spec.to_unit(row.action), row.reward, row.next_obs, discount)
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
         refresh_key, batch_key, learn_key = prng.split(key, 3)
-        due = (t - first) % cfg.model_period == 0
+        due = n % cfg.model_period == 0
         # a loop of one or no turn: a cond would copy the rollouts at every step
         state = jax.lax.fori_loop(
             0, jnp.int32(due), lambda i, s: refresh(s, jax.random.fold_in(refresh_key, i), t), state
         )
         moved, metrics = learner.update(
-            state.learner, batches(state, batch_key, t), learn_key, (t - first) * cfg.updates
+            state.learner, batches(state, batch_key, t), learn_key, n * cfg.updates
         )
         return state._replace(learner=moved), metrics | state.report
 

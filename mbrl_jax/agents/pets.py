@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from mbrl_jax import planning
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.data.rows import Rows
 from mbrl_jax.models import dynamics, ensemble, fit
 from mbrl_jax.planning.planners import kept_elites
@@ -26,9 +25,11 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
     PyTree,
     Schedule,
     Step,
+    Transition,
     config,
     ranged,
 )
@@ -76,7 +77,6 @@ class State(NamedTuple):
     params: ensemble.Params
     opt: PyTree
     replay: Rows
-    trained: jax.Array  # [] bool
 
 
 def make(config: Config, spec: EnvSpec) -> Agent:
@@ -91,45 +91,41 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         raise InputError(
             f"num_elites = {cfg.num_elites}: expected at most num_samples = {cfg.num_samples}"
         )
+    spec.check_usable("PETS")
     fit.check_warmup(cfg.training, cfg.warmup_steps, cfg.buffer_size)
     if not spec.discrete:
         spec.check_bounded("PETS")
     models = ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_members)
     model = models.model(cfg.propagation)
-    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
+    replay = ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
     start, plan_one = make_planner(cfg, spec)
 
     def init(key: jax.Array) -> State:
         params = models.init(key)
-        return State(params, models.init_opt(params), replay.init(), jnp.bool_(False))
+        return State(params, models.init_opt(params), replay.init())
 
     def init_memory(num_envs: int) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_envs, axis=0), start)
 
-    def act(state: State, memory: PyTree, obs, is_first, key, explore: bool):
+    def act(state: State, memory: PyTree, obs, is_first, key, t: jax.Array, mode: Mode):
+        if mode == "random":
+            # no plan leads to what was done, so the next one starts anew
+            return spec.random_actions(key, obs), init_memory(obs.shape[0]), ()
+
         def one(obs: jax.Array, plan: PyTree, is_first: jax.Array, key: jax.Array):
             plan = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), start, plan)
             value = planning.model_value(model, state.params, obs, cfg.particles)
             got = plan_one(value, key, plan)
             return got.action, got.plan
 
-        def planned(keys: jax.Array) -> tuple[jax.Array, PyTree]:
-            return jax.vmap(one)(obs, memory, is_first, keys)
-
-        def nothing(keys: jax.Array) -> tuple[jax.Array, PyTree]:
-            shapes = jax.eval_shape(planned, keys)[0]
-            return jnp.zeros(shapes.shape, shapes.dtype), memory
-
-        # an untrained model, in the warm-up, is not worth planning with
-        keys = jax.random.split(key, obs.shape[0])
-        action, memory = jax.lax.cond(state.trained, planned, nothing, keys)
+        action, memory = jax.vmap(one)(obs, memory, is_first, jax.random.split(key, obs.shape[0]))
         return action, memory, ()
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        row = Transition(*step[:6])
+        row = Transition.of(step)
         return state._replace(replay=replay.add(state.replay, row, t))
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
         data = replay.get(state.replay, jnp.arange(cfg.buffer_size))
         size = jnp.minimum(t + 1, replay.steps) * cfg.num_envs
         params, opt, curves = models.fit(state.params, state.opt, cfg.training, data, size, key)
@@ -140,7 +136,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             "logvar_min": jnp.mean(params.bounds.low),
             "logvar_max": jnp.mean(params.bounds.high),
         }
-        return State(params, opt, state.replay, jnp.bool_(True)), metrics
+        return State(params, opt, state.replay), metrics
 
     schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
     return Agent(init, init_memory, act, observe, update, schedule)

@@ -7,6 +7,7 @@ of the config. A truncated episode is continued by the value of its true last ob
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from mbrl_jax.data import ring
 from mbrl_jax.data.rows import Layout
 from mbrl_jax.nn import normaliser
 from mbrl_jax.nn.distributions import categorical, diagonal_normal, sample_categorical
-from mbrl_jax.nn.networks import MLP, torso
+from mbrl_jax.nn.networks import MLP, Torso
 from mbrl_jax.nn.normaliser import Stats
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.nn.schedules import linear
@@ -28,13 +29,19 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
     PyTree,
     Scalar,
     Schedule,
     Step,
+    Transition,
     config,
+    env_steps,
+    num_rows,
     ranged,
 )
+
+_ILLEGAL = -1e9  # a logit; infinity would make the entropy NaN
 
 
 @config
@@ -123,7 +130,7 @@ class Actor(linen.Module):
     def __call__(self, obs: jax.Array):
         size = self.spec.num_actions or self.spec.action_shape[0]
         net = MLP(self.hidden, size, self.activation, "orthogonal", 2**0.5, 0.01)
-        out = net(torso(self.spec)(obs))
+        out = net(Torso(self.spec)(obs))
         if self.spec.discrete:
             return out
         log_std = self.param("log_std", linen.initializers.zeros, (size,))
@@ -140,7 +147,7 @@ class Critic(linen.Module):
     @linen.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
         net = MLP(self.hidden, 1, self.activation, "orthogonal", 2**0.5, 1.0)
-        return net(torso(self.spec)(obs))[..., 0]
+        return net(Torso(self.spec)(obs))[..., 0]
 
 
 def gae(
@@ -202,6 +209,26 @@ def discounted_returns(
     return jax.lax.scan(one, start, (reward, done), unroll=8)
 
 
+def random_log_prob(spec: EnvSpec, obs: PyTree) -> jax.Array:
+    """The log-probability of what `EnvSpec.random_actions` draws for `obs` [N, ...]: [N] float32.
+
+    Of continuous actions it is the density of the action in [-1, 1], as `Record` keeps it.
+    """
+    legal = spec.legal(obs)
+    if legal is None:
+        choices = spec.num_actions or 2.0 ** spec.action_shape[0]
+        return jnp.full(num_rows(obs), -math.log(choices))
+    return -jnp.log(jnp.maximum(jnp.sum(legal, axis=-1), 1).astype(jnp.float32))
+
+
+def masked_logits(logits: jax.Array, legal: jax.Array) -> jax.Array:
+    """`logits` [B, A] with no chance for what is not in `legal` [B, A] bool.
+
+    Where nothing is legal, as in a final observation, all actions are equally likely.
+    """
+    return jnp.where(legal, logits, _ILLEGAL)
+
+
 def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment.
 
@@ -210,16 +237,18 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         should be normalised; unbounded continuous actions.
     """
     cfg = config
+    spec.check_usable("PPO", dicts=True, reserved=("action_mask",))
     batch = cfg.num_envs * cfg.num_steps
     if batch % cfg.minibatches:
         raise InputError(
             f"minibatches = {cfg.minibatches}: expected a divisor of num_envs * num_steps = {batch}"
         )
-    if cfg.normalise_obs and spec.num_obs is not None:
-        raise InputError(f"normalise_obs = True: {spec.id} has integer observations; leave it out")
+    if cfg.normalise_obs and (spec.num_obs is not None or spec.obs_parts):
+        kind = "a dict of observations" if spec.obs_parts else "integer observations"
+        raise InputError(f"normalise_obs = True: {spec.id} has {kind}; leave it out")
     spec.check_bounded("PPO")
     actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (Actor, Critic))
-    transition = ring.transition_example(spec)
+    transition = Transition.example(spec)
     example = Record(*transition, log_prob=transition.reward)  # shapes and dtypes
     rollout = ring.make(example, batch, cfg.num_envs)
 
@@ -227,16 +256,21 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         rate = linear(cfg.learning_rate, 0.0, cfg.anneal_steps, step)
         return adam(rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
 
-    def distribution(params: PyTree, obs: jax.Array):
+    def distribution(params: PyTree, obs: PyTree):
         out = actor.apply(params, obs)
-        return categorical(out) if spec.discrete else diagonal_normal(*out)
+        if not spec.discrete:
+            return diagonal_normal(*out)
+        legal = spec.legal(obs)
+        return categorical(out if legal is None else masked_logits(out, legal))
 
-    def seen(state: State, obs: jax.Array) -> jax.Array:
+    def seen(state: State, obs: PyTree) -> PyTree:
         return obs if state.obs_stats is None else normaliser.normalise(state.obs_stats, obs)
 
     def init(key: jax.Array) -> State:
         keys = jax.random.split(key)
-        obs = jnp.zeros((1, *spec.obs_shape), "float32" if cfg.normalise_obs else spec.obs_dtype)
+        obs = spec.zero_obs(1)
+        if cfg.normalise_obs:
+            obs = obs.astype(jnp.float32)
         params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
         return State(
             params=params,
@@ -247,15 +281,17 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             returns=jnp.zeros(cfg.num_envs) if cfg.normalise_reward else None,
         )
 
-    def act(state: State, memory, obs, is_first, key, explore):
+    def act(state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode):
+        if mode == "random":
+            return spec.random_actions(key, obs), memory, random_log_prob(spec, obs)
         policy = distribution(state.params.actor, seen(state, obs))
-        if not explore:
+        if mode == "eval":
             action = policy.mode()
         elif spec.discrete:
-            draws = prng.uniform(key, obs.shape[0], fused=64)
+            draws = prng.uniform(key, num_rows(obs), fused=64)
             action = sample_categorical(policy.logits, draws)
         else:
-            noise = jax.random.normal(key, (obs.shape[0], *spec.action_shape))
+            noise = jax.random.normal(key, (num_rows(obs), *spec.action_shape))
             action = policy.loc + policy.scale_diag * noise
         log_prob = policy.log_prob(action)
         if spec.discrete:
@@ -264,10 +300,10 @@ def make(config: Config, spec: EnvSpec) -> Agent:
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
         action = step.action if spec.discrete else spec.to_unit(step.action)
-        record = Record(step.obs, action, *step[2:6], log_prob=extras)
+        record = Record(*Transition.of(step)._replace(action=action), log_prob=extras)
         return state._replace(rollout=rollout.add(state.rollout, record, t))
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
         record = rollout.layout.unpack(state.rollout)
         samples = evaluate(state, record)
         state = learn_statistics(state, record)
@@ -277,7 +313,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         rows = layout.pack(samples)
         order = prng.shuffles(key, cfg.epochs, batch).reshape(cfg.epochs * cfg.minibatches, -1)
         # at the step where the rollout began
-        optimise = optimiser((t + 1 - cfg.num_steps) * cfg.num_envs)
+        optimise = optimiser(env_steps(t + 1 - cfg.num_steps, cfg.num_envs))
 
         def one(carry: tuple[Params, Params], index: jax.Array):
             params, opt = carry

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.nn.distributions import TanhNormal, tanh_normal
 from mbrl_jax.nn.networks import ContinuousCritic, GaussianActor, polyak
 from mbrl_jax.nn.optimiser import adam
@@ -28,10 +27,13 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
+    NStep,
     PyTree,
     Scalar,
     Schedule,
     Step,
+    Transition,
     config,
     ranged,
 )
@@ -135,11 +137,11 @@ class Learner(NamedTuple):
     init_memory: Callable[[int], jax.Array]
     """(num_envs) -> the noise that `act` carries from step to step."""
     act: Callable[..., tuple[jax.Array, jax.Array, tuple[()]]]
-    """(params.actor, memory, obs, is_first, key, explore) -> as `Agent.act`."""
+    """(params.actor, memory, obs, is_first, key, mode) -> as `Agent.act`."""
     update: Callable[..., tuple[LearnerState, Metrics]]
-    """(state, batches, key, first) -> (state, metrics): one gradient step for each entry of the
-    leading axis of `batches` (NStep, [G, B, ...], actions in [-1, 1]); `first` is the number of
-    the first one since the start, int32, never vmapped."""
+    """(state, batches, key, done) -> (state, metrics): one gradient step for each entry of the
+    leading axis of `batches` (NStep, [G, B, ...], actions in [-1, 1]), after the `done` ones so
+    far, int32, never vmapped."""
 
 
 def critic_target(
@@ -189,6 +191,7 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
             f"SAC needs continuous actions; {spec.id} has {spec.num_actions} discrete ones; "
             "take dqn or ppo"
         )
+    spec.check_usable("SAC", dicts=True)
     spec.check_bounded("SAC")
     if config.target_subset > config.num_critics:
         raise InputError(
@@ -206,7 +209,7 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
 
     def init(key: jax.Array) -> LearnerState:
         keys = jax.random.split(key, 1 + num_critics)
-        obs, action = jnp.zeros((1, *spec.obs_shape), spec.obs_dtype), jnp.zeros((1, size))
+        obs, action = spec.zero_obs(1), jnp.zeros((1, size))
         critics = jax.vmap(critic_net.init, (0, None, None))(keys[1:], obs, action)
         log_temperature = jnp.log(jnp.float32(cfg.temperature))
         params = Params(actor_net.init(keys[0], obs), critics.pop("params"), log_temperature)
@@ -221,9 +224,14 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
     def init_memory(num_envs: int) -> jax.Array:
         return jnp.zeros((num_envs, size))
 
-    def act(actor: PyTree, memory: jax.Array, obs, is_first, key, explore: bool):
+    def act(actor: PyTree, memory: jax.Array, obs, is_first, key, mode: Mode):
+        if mode == "random":
+            action_key, key = jax.random.split(key)
+            # as if the noise had just been drawn, of which the action tells nothing
+            noise = jax.random.normal(key, memory.shape)
+            return spec.random_actions(action_key, obs), noise, ()
         distribution = policy(actor, obs)
-        if not explore:
+        if mode == "eval":
             return spec.from_unit(distribution.mode()), memory, ()
         # a process whose every value is standard normal (Uhlenbeck and Ornstein's); memory holds it
         fresh = jax.random.normal(key, memory.shape)
@@ -303,7 +311,7 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
     def idle(state: LearnerState, batch: NStep, noise, key: jax.Array):
         return state, {"actor_loss": jnp.float32(0), "entropy": jnp.float32(0)}
 
-    def update(state: LearnerState, batches: NStep, key: jax.Array, first: jax.Array):
+    def update(state: LearnerState, batches: NStep, key: jax.Array, done: jax.Array):
         rounds, batch_size = batches.reward.shape
         noise_key, subset_key, dropout_key = prng.split(key, 3)
         noise = jax.random.normal(noise_key, (rounds, 2, batch_size, size))
@@ -327,7 +335,7 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
                 state = state._replace(target=polyak(state.params.critic, state.target, cfg.tau))
             return state, metrics | more
 
-        numbers = first + jnp.arange(rounds, dtype=jnp.int32)
+        numbers = done + jnp.arange(rounds, dtype=jnp.int32)
         state, metrics = jax.lax.scan(one, state, (numbers, batches, noise, subsets))
         return state, jax.tree.map(jnp.mean, metrics)
 
@@ -346,25 +354,24 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         raise InputError(
             f"batch_size = {cfg.batch_size}: expected at most buffer_size = {cfg.buffer_size}"
         )
-    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
+    replay = ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
 
     def init(key: jax.Array) -> State:
         return State(learner.init(key), replay.init())
 
-    def act(state: State, memory, obs, is_first, key, explore):
-        return learner.act(state.learner.params.actor, memory, obs, is_first, key, explore)
+    def act(state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode):
+        return learner.act(state.learner.params.actor, memory, obs, is_first, key, mode)
 
     def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        row = Transition(step.obs, spec.to_unit(step.action), *step[2:6])
+        row = Transition.of(step)._replace(action=spec.to_unit(step.action))
         return state._replace(replay=replay.add(state.replay, row, t))
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
         index_key, key = prng.split(key)
         shape = (cfg.updates, cfg.batch_size)
         index = replay.sample_index(index_key, cfg.updates * cfg.batch_size, t + 1)
         batches = replay.n_step(state.replay, index.reshape(shape), 1, cfg.gamma)
-        first = t // cfg.steps_per_update * cfg.updates
-        moved, metrics = learner.update(state.learner, batches, key, first)
+        moved, metrics = learner.update(state.learner, batches, key, n * cfg.updates)
         return state._replace(learner=moved), metrics
 
     schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)

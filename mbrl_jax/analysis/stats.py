@@ -111,15 +111,15 @@ def bootstrap_interval(
             are out of range; the statistic does not reduce the last two axes.
     """
     scores = _matrix(scores)
-    _check(confidence, replicates)
+    check_options(confidence, replicates)
     rng = np.random.default_rng(seed)
     num_seeds, num_tasks = scores.shape
     results = np.empty(replicates)
-    for rows in _blocks(replicates, scores.size):
+    for rows in blocks(replicates, scores.size):
         drawn = rng.integers(num_seeds, size=(rows.stop - rows.start, num_seeds, num_tasks))
         # flat positions, since one take is faster than indexing by two arrays
         results[rows] = _reduce(statistic, scores.take(drawn * num_tasks + np.arange(num_tasks)))
-    return _interval(float(_reduce(statistic, scores)), results, confidence)
+    return percentiles(float(_reduce(statistic, scores)), results, confidence)
 
 
 def bootstrap_curve(
@@ -154,7 +154,7 @@ def bootstrap_curve(
             f"curves have shape {curves.shape} and {np.isinf(curves).sum()} infinite values; "
             "expected finite values (or NaN) [num_seeds, num_points]: give one row per seed"
         )
-    _check(confidence, replicates)
+    check_options(confidence, replicates)
     uniform = np.random.default_rng(seed).random((replicates, curves.shape[0]))
     band = Interval(*np.full((3, curves.shape[1]), np.nan))
     # points at which the same seeds have values are one batch: usually a few, often one
@@ -166,9 +166,9 @@ def bootstrap_curve(
         values = curves[np.ix_(present, points)].T  # [points, present seeds]
         drawn = (uniform[:, : present.sum()] * present.sum()).astype(int)
         results = np.empty((replicates, points.size))
-        for rows in _blocks(replicates, values.size):
+        for rows in blocks(replicates, values.size):
             results[rows] = _reduce(statistic, values[:, drawn[rows], None]).T
-        part = _interval(_reduce(statistic, values[..., None]), results, confidence)
+        part = percentiles(_reduce(statistic, values[..., None]), results, confidence)
         for whole, some in zip(band, part, strict=True):
             whole[points] = some
     return band
@@ -205,15 +205,15 @@ def performance_profile(
             f"{np.count_nonzero(~np.isfinite(thresholds))} values that are NaN or infinite; "
             "expected finite numbers [num_thresholds]: give for example numpy.linspace(0, 1, 100)"
         )
-    _check(confidence, replicates)
+    check_options(confidence, replicates)
     rng = np.random.default_rng(seed)
     above = (scores.T[..., None] > thresholds).astype(float)  # [tasks, seeds, thresholds]
     results = np.empty((replicates, thresholds.size))
-    for rows in _blocks(replicates, scores.size):
+    for rows in blocks(replicates, scores.size):
         counts = _draw_counts(rng, rows.stop - rows.start, *scores.shape)
         # one product over tasks and seeds: many small ones lose to the threads of BLAS
         results[rows] = counts.reshape(-1, scores.size) @ above.reshape(scores.size, -1)
-    return _interval(above.mean(axis=(0, 1)), results / scores.size, confidence)
+    return percentiles(above.mean(axis=(0, 1)), results / scores.size, confidence)
 
 
 def probability_of_improvement(
@@ -249,84 +249,16 @@ def probability_of_improvement(
             f"x has {x.shape[1]} tasks and y has {y.shape[1]}; expected the same: "
             "give scores [num_seeds, num_tasks] whose columns are the same tasks"
         )
-    _check(confidence, replicates)
+    check_options(confidence, replicates)
     rng = np.random.default_rng(seed)
     ours, theirs = x.T[:, :, None], y.T[:, None, :]
     wins = (ours > theirs) + 0.5 * (ours == theirs)  # [tasks, seeds of x, seeds of y]
     results = np.empty(replicates)
-    for rows in _blocks(replicates, x.size + y.size):
+    for rows in blocks(replicates, x.size + y.size):
         counts_x = _draw_counts(rng, rows.stop - rows.start, *x.shape)
         counts_y = _draw_counts(rng, rows.stop - rows.start, *y.shape)
         results[rows] = np.einsum("rty,try->r", counts_y, counts_x.swapaxes(0, 1) @ wins)
-    return _interval(float(wins.mean()), results / wins.size, confidence)
-
-
-def first_reach(steps: ArrayLike, curves: ArrayLike, threshold: float) -> np.ndarray:
-    """The step of the first evaluation at which each seed's curve is at or above `threshold`.
-
-    Args:
-        steps: [num_points] environment steps of the evaluations, increasing.
-        curves: [num_seeds, num_points]; a NaN reaches nothing.
-        threshold: in the unit of the curves.
-
-    Returns:
-        [num_seeds] environment steps, not interpolated; infinity where it is never reached.
-
-    Raises:
-        ValueError: the shapes do not fit, nothing is given, or the steps do not increase.
-    """
-    steps, curves = np.asarray(steps, dtype=float), np.asarray(curves, dtype=float)
-    if curves.ndim != 2 or curves.size == 0 or steps.shape != curves.shape[1:]:
-        raise ValueError(
-            f"steps have shape {steps.shape} and curves {curves.shape}; expected [num_points] "
-            "and [num_seeds, num_points]: give one row per seed, one column per step"
-        )
-    if not (np.diff(steps) > 0).all():
-        at = np.flatnonzero(~(np.diff(steps) > 0))[0]
-        raise ValueError(
-            f"steps go from {steps[at]:g} to {steps[at + 1]:g}; expected increasing numbers: "
-            "sort the evaluations"
-        )
-    reached = curves >= threshold
-    return np.where(reached.any(axis=1), steps[reached.argmax(axis=1)], np.inf)
-
-
-def steps_to_threshold(
-    steps: ArrayLike,
-    curves: ArrayLike,
-    threshold: float,
-    confidence: float = 0.95,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Median over seeds of the environment steps until a curve first reaches `threshold`.
-
-    A seed that never reaches it counts as infinite, so the median is finite only if more than
-    half of the seeds do.
-
-    Args:
-        steps: [num_points] environment steps of the evaluations, increasing.
-        curves: [num_seeds, num_points]; a NaN reaches nothing.
-        threshold: in the unit of the curves.
-        confidence: coverage of the interval, in (0, 1).
-        replicates: number of bootstrap replicates over seeds.
-        seed: of the random numbers; the same seed gives the same interval.
-
-    Returns:
-        Interval of floats in environment steps, each may be infinite.
-
-    Raises:
-        ValueError: the shapes do not fit, nothing is given, or the steps do not increase;
-            confidence or replicates are out of range.
-    """
-    reach = first_reach(steps, curves, threshold)
-    _check(confidence, replicates)
-    rng = np.random.default_rng(seed)
-    results = np.empty(replicates)
-    for rows in _blocks(replicates, reach.size):
-        drawn = rng.integers(reach.size, size=(rows.stop - rows.start, reach.size))
-        results[rows] = np.median(reach[drawn], axis=1)
-    return _interval(float(np.median(reach)), results, confidence)
+    return percentiles(float(wins.mean()), results / wins.size, confidence)
 
 
 def _finite(scores: ArrayLike) -> np.ndarray:
@@ -355,14 +287,15 @@ def _matrix(scores: ArrayLike) -> np.ndarray:
     return array
 
 
-def _check(confidence: float, replicates: int) -> None:
+def check_options(confidence: float, replicates: int) -> None:
+    """Raises ValueError where no interval can be told from them."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected in (0, 1): give for example 0.95")
     if replicates < 1:
         raise ValueError(f"replicates is {replicates}; expected at least 1: give for example 2000")
 
 
-def _blocks(replicates: int, size: int) -> Iterator[slice]:
+def blocks(replicates: int, size: int) -> Iterator[slice]:
     """Slices over the replicates that each draw about `_BLOCK` numbers, `size` a replicate."""
     length = max(1, _BLOCK // size)
     for start in range(0, replicates, length):
@@ -387,7 +320,7 @@ def _reduce(statistic: Statistic, scores: np.ndarray) -> np.ndarray:
     return result
 
 
-def _interval(point: Any, results: np.ndarray, confidence: float) -> Interval:
+def percentiles(point: Any, results: np.ndarray, confidence: float) -> Interval:
     """The percentile interval of replicates [replicates, ...]."""
     tail = (1 - confidence) / 2
     low = np.quantile(results, tail, axis=0, method="lower")

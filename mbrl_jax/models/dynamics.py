@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax.nn.networks import MLP, activation
+from mbrl_jax.nn.precision import FULL
 from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar, check_config, config, ranged
 
 LOGVAR_RANGE = (-12.0, 2.0)  # wherein learned bounds of the log-variance stay
@@ -184,7 +185,8 @@ class Dynamics(NamedTuple):
         *hidden, head = self._layers(net)
         for layer in hidden:
             columns = act(layer["kernel"].T @ columns + layer["bias"][:, None])
-        return (head["kernel"].T @ columns + head["bias"][:, None]).T
+        out = jnp.matmul(head["kernel"].T, columns, precision=FULL)
+        return (out + head["bias"][:, None]).T
 
     def gaussian_of(self, out: jax.Array, bounds: Bounds) -> Gaussian:
         """`Gaussian` of the standardised y, [*lead, K], from outputs [*lead, outputs]."""
@@ -364,9 +366,9 @@ def fit_scaling(
     share = weight / jnp.sum(weight)
 
     def moments(rows: jax.Array, wanted: bool) -> tuple[jax.Array, jax.Array]:
-        mean = share @ rows
+        mean = jnp.matmul(share, rows, precision=FULL)
         # of centred rows: the difference of two float32 squares would lose small variances
-        std = jnp.sqrt(share @ jnp.square(rows - mean[None]))
+        std = jnp.sqrt(jnp.matmul(share, jnp.square(rows - mean[None]), precision=FULL))
         std = jnp.where(std > 1e-6 * jnp.maximum(jnp.abs(mean), 1.0), std, 1.0)
         return (mean, std) if wanted else (jnp.zeros_like(mean), jnp.ones_like(std))
 

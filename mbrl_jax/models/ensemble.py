@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import dynamics, fit
 from mbrl_jax.models.dynamics import (
     Bounds,
@@ -31,7 +30,7 @@ from mbrl_jax.models.dynamics import (
     Scaling,
     wide,
 )
-from mbrl_jax.types import InputError, PyTree, Scalar, unknown
+from mbrl_jax.types import InputError, PyTree, Scalar, Transition, unknown
 
 Propagation = Literal["ts1", "tsinf", "expectation", "distribution", "moment_matching"]
 Score = Literal["none", "std", "max_distance", "jensen_shannon"]

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models.dynamics import (
     LOGVAR_RANGE,
     Bounds,
@@ -33,7 +32,7 @@ from mbrl_jax.models.dynamics import (
     standardised,
 )
 from mbrl_jax.nn.optimiser import adam
-from mbrl_jax.types import InputError, PyTree, config, ranged
+from mbrl_jax.types import InputError, PyTree, Transition, config, ranged
 
 HOLDOUT_ROWS = 500  # of the holdout that are evaluated at once on a CPU; an accelerator takes all
 

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models.dynamics import DynamicsModel
-from mbrl_jax.types import InputError, PyTree, Scalar
+from mbrl_jax.types import InputError, PyTree, Scalar, Transition
 
 Act = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(obs [B, D], key, depth int32) -> actions [B] int32 or [B, A]."""

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_jax.data.ring import Ring, Transition
+from mbrl_jax.data.ring import Ring
 from mbrl_jax.data.rows import Rows
 from mbrl_jax.models.diagnostics import k_step_errors
 from mbrl_jax.models.dynamics import DynamicsModel
 from mbrl_jax.models.ensemble import Score
 from mbrl_jax.models.rollout import Rules
-from mbrl_jax.types import InputError, PyTree, Scalar, config, ranged
+from mbrl_jax.types import InputError, PyTree, Scalar, Transition, config, ranged
 
 WINDOWS = 256  # of fresh steps, on which the model's error is measured
 
@@ -181,7 +181,7 @@ def fresh_errors(
     ends = row.terminated | row.truncated
     whole = jnp.cumsum(ends, axis=0) - ends == 0
     errors = k_step_errors(model, params, row.obs[0], row.action, row.next_obs, whole, model_key)
-    seen: Transition = replay.layout.unpack(rows)
+    seen: Transition = replay.all(rows)
     written = jnp.arange(replay.capacity) < jnp.minimum(t + 1, replay.steps) * replay.num_envs
     spread = jnp.var(seen.obs, axis=0, where=written[:, None]) + 1e-6
     return jnp.sqrt(jnp.mean(errors.per_dim / spread[None], axis=1))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mbrl_jax.nn.precision import FULL
 from mbrl_jax.planning.noise import colored_noise
 from mbrl_jax.planning.value import Value
 from mbrl_jax.types import InputError, Scalar
@@ -257,7 +258,7 @@ def mppi(
         some = jnp.isfinite(top)
         weight = jnp.exp(gamma * (worth - jnp.where(some, top, 0.0)))
         total = jnp.maximum(jnp.sum(weight), 1e-30)
-        new = jnp.tensordot(weight / total, candidates, axes=1)
+        new = jnp.tensordot(weight / total, candidates, axes=1, precision=FULL)
         return jnp.where(some, new, mean), jnp.maximum(best_value, top)
 
     start = (mean, jnp.float32(-jnp.inf))

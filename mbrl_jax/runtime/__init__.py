@@ -1,1 +1,14 @@
 """Running agents: the compiled loop, the host driver, checkpoints, logs and devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mbrl_jax import lazy
+
+if TYPE_CHECKING:
+    from mbrl_jax.runtime import checkpoint, devices, evaluate, logs, loop, train
+
+__all__ = ["checkpoint", "devices", "evaluate", "logs", "loop", "train"]
+
+__getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.checkpoint import Checkpoints
-from mbrl_jax.runtime.loop import RunState, evaluate
+from mbrl_jax.runtime.loop import RunState, play_episodes
 from mbrl_jax.runtime.train import load_job
 from mbrl_jax.types import InputError
 
@@ -43,8 +44,10 @@ def evaluate_run(out: Path, episodes: int = 100, seed: int = 0) -> Evaluation:
     def one(run: RunState, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         origin = jax.tree.map(lambda x: x[0], run.batch.env)
         limit = job.run["eval_max_steps"]
-        return evaluate(job.agent, job.env, run.agent, key, episodes, limit, origin)
+        return play_episodes(job.agent, job.env, run.agent, key, t, episodes, limit, origin)
 
+    plan = job.program.plan
+    t = jnp.int32(plan.start + newest * plan.steps_per_period)
     keys = jax.random.split(jax.random.key(seed), job.run["seeds"])
     run = devices.over_seeds(one, job.mesh, job.mode, shared=0)
     returns, lengths = jax.jit(run)(state, devices.put_seeds(keys, job.mesh))

@@ -1,0 +1,139 @@
+"""What the benchmarks share: options, sides measured in turn, records and tables.
+
+Workers of peers import this file too, so it needs nothing installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FLAGS = {
+    "quick": "tiny sizes, to see that it runs; makes no virtual environment",
+    "no-peers": "our side alone",
+}
+
+
+def options(doc: str, *flags: str, repeats: int = 5) -> argparse.ArgumentParser:
+    """The options of every benchmark, and those of `FLAGS` that are named.
+
+    Args:
+      doc: the script's docstring, whose first line is its description.
+      flags: names in `FLAGS`.
+      repeats: the default of --repeats.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each side")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the record")
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
+    return parser
+
+
+def start_jax(devices: int | None = None) -> None:
+    """Sets JAX's CPU devices, before its backend starts, and lets nothing come from a cache."""
+    import jax
+
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds until what `fn` gives, a tree of JAX arrays, is there; and that."""
+    import jax
+
+    start = time.perf_counter()
+    out = jax.block_until_ready(fn(*args))
+    return time.perf_counter() - start, out
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """The seconds of all sides, [repeats] each, one of each in turn.
+
+    Args:
+      sides: name -> a function that runs it once and returns its seconds.
+      repeats: measurements of each side.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            times[name].append(run())
+    return times
+
+
+def ratios(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """How many times as much the other side is as ours, pair by pair: median, least, greatest."""
+    pairs = [b / a for a, b in zip(own, other, strict=True)]
+    spread = {"ratio_min": min(pairs), "ratio_max": max(pairs)}
+    return {"ratio": statistics.median(pairs), **spread}
+
+
+def against(
+    run: Callable[[], float],
+    peer: Callable[[], float] | None,
+    repeats: int,
+    scale: float = 1.0,
+) -> dict[str, Any]:
+    """Our seconds and a peer's, in turn, with their ratios; ours alone without a peer.
+
+    Args:
+      run: runs ours once and returns its seconds.
+      peer: likewise; None where there is no peer.
+      repeats: measurements of each side.
+      scale: how many times a run of the peer is to be counted.
+
+    Returns:
+      A row with `seconds`, and with a peer `peer_seconds` and the fields of `ratios`.
+    """
+    if peer is None:
+        return dict(alternate({"seconds": run}, repeats))
+    times = alternate({"seconds": run, "peer_seconds": peer}, repeats)
+    times["peer_seconds"] = [scale * seconds for seconds in times["peer_seconds"]]
+    return {**times, **ratios(times["seconds"], times["peer_seconds"])}
+
+
+def ratio_text(row: Mapping[str, Any], form: str = ".2f") -> str:
+    """A row's median ratio with the least and the greatest; a dash where there is none."""
+    if "ratio" not in row:
+        return "-"
+    middle, least, most = (format(row[f"ratio{end}"], form) for end in ("", "_min", "_max"))
+    return f"{middle} ({least} to {most})"
+
+
+class Record:
+    """What a benchmark found and what made it; written as JSON whenever a row is added."""
+
+    def __init__(self, args: argparse.Namespace, name: str, **fields: Any):
+        """Describes the machine, JAX's devices among it, and how busy others keep it."""
+        from mbrl_jax.runtime.logs import describe_machine
+
+        made = {**describe_machine(), "load_average": round(os.getloadavg()[0], 2)}
+        self.path = args.out / f"{name}.json"
+        self.data: dict[str, Any] = {"made": made, "repeats": args.repeats, **fields, "rows": []}
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: Mapping[str, Any], table: str = "rows") -> None:
+        """Adds a row to a table and writes the record."""
+        self.data.setdefault(table, []).append(row)
+        self.write()
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def line(cells: Iterable[Any]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
