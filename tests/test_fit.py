@@ -177,31 +177,35 @@ def equations(jaxpr):
                 yield from equations(part)
 
 
-def loop_bodies(jaxpr):
+def loops(jaxpr):
+    """Every loop of a jaxpr, also within others, and its body."""
     for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("while", "scan"):
+            yield eqn, eqn.params["body_jaxpr" if name == "while" else "jaxpr"].jaxpr
         for part in inner(eqn):
-            if eqn.primitive.name in ("while", "scan"):
-                yield part
-            yield from loop_bodies(part)
+            yield from loops(part)
 
 
 def selected_in_gradient_steps(jaxpr, net):
     """(loops of gradient steps on `net` [S, E, ...], shapes of the parameters that they select).
 
-    A gradient step multiplies with the weights' shape and takes Adam's square root of as many
-    numbers as there are.
+    Gradient steps take Adam's square root of as many numbers as there are parameters. A loop whose
+    condition differs by seed is lowered to one that selects all that it carries.
     """
     leaves = jax.tree.leaves(net)
     seeds, size = leaves[0].shape[0], sum(leaf.size for leaf in leaves)
     shapes, count, found = {leaf.shape for leaf in leaves}, 0, []
-    for body in loop_bodies(jaxpr):
+    for loop, body in loops(jaxpr):
         eqns = list(equations(body))
         roots = [e.outvars[0].aval.size for e in eqns if e.primitive.name == "sqrt"]
         if not any(size <= root < size + seeds * 100 for root in roots):
             continue
         count += 1
-        chosen = [e.outvars[0].aval.shape for e in eqns if e.primitive.name == "select_n"]
-        found += [x for x in chosen if x in shapes or np.prod(x) >= size]
+        chosen = [e.outvars[0].aval for e in eqns if e.primitive.name == "select_n"]
+        if loop.primitive.name == "while" and loop.params["cond_jaxpr"].out_avals[0].shape:
+            chosen += [var.aval for var in loop.outvars]
+        found += [x.shape for x in chosen if x.shape in shapes or x.size >= size]
     return count, found
 
 

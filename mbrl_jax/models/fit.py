@@ -213,6 +213,21 @@ def fit(
     return Fitted(best, trained[1], scaling, opt, error, curves)
 
 
+def report(curves: Curves, bounds: Bounds) -> dict[str, jax.Array]:
+    """What an agent logs of a training, [] float32 each.
+
+    `holdout_error` of the best member at its best, `model_loss` of the last round, `model_rounds`,
+    and the mean bounds of the log-variance, `logvar_min` and `logvar_max`.
+    """
+    return {
+        "holdout_error": jnp.nanmin(curves.holdout),
+        "model_loss": curves.loss[curves.rounds - 1],
+        "model_rounds": curves.rounds.astype(jnp.float32),
+        "logvar_min": jnp.mean(bounds.low),
+        "logvar_max": jnp.mean(bounds.high),
+    }
+
+
 def held_out(config: Config, num_rows: jax.Array) -> jax.Array:
     """How many of `num_rows` (int32) rows are held out, int32: the share, 1 to `max_holdout`."""
     return jnp.clip(jnp.int32(config.holdout * num_rows), 1, config.max_holdout)

@@ -53,8 +53,8 @@ class Config:
 class Lengths(NamedTuple):
     """Between which lengths a rollout's lies, and when it grows; static."""
 
-    bounds: tuple[int, int]  # steps at first and at last
-    growth: tuple[int, int]  # environment steps between which the length grows linearly
+    bounds: tuple[int, ...]  # two: steps at first and at last
+    growth: tuple[int, ...]  # two: environment steps between which the length grows linearly
     fresh: int  # batched steps that the model has not seen when its error is measured
 
 
@@ -92,7 +92,7 @@ def make_rules(
     if cfg.length_by == "error" and lengths.fresh < lengths.bounds[1]:
         raise InputError(
             f"a rollout length of {lengths.bounds[1]} where the error decides: expected at most "
-            f"the {lengths.fresh} steps between two trainings"
+            f"{lengths.fresh}, the steps between two trainings (or of the warm-up, if fewer)"
         )
 
     def length(
@@ -130,7 +130,7 @@ def make_rules(
 
 
 def scheduled_length(
-    bounds: tuple[int, int], growth: tuple[int, int], env_steps: jax.Array
+    bounds: tuple[int, ...], growth: tuple[int, ...], env_steps: jax.Array
 ) -> jax.Array:
     """Steps of a rollout after `env_steps`, int32: linear between both ends, rounded down.
 
