@@ -177,7 +177,7 @@ def make_job(
     """Checks the arguments of `train`; compiles nothing and touches no file."""
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
     env = make_env(env) if isinstance(env, str) else env
-    config = definition.config_for(env.spec.id, **overrides)
+    config = definition.config_for(env.spec, **overrides)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise InputError(f"seeds = {seeds!r}: expected a whole number, 1 or more")
     devices.check_seed(seed)
