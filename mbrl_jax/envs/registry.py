@@ -145,7 +145,7 @@ def _limit(id: str, value: Any) -> int:
 def _bounds(id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Lower and upper bounds of a Box of actions, one for each number of an action.
 
-    A bound so large that float32 does not hold twice of it counts as infinite.
+    A bound of 1e30 or more counts as infinite: some environments give float32's greatest number.
     """
     from gymnax.environments import spaces
 
@@ -167,8 +167,7 @@ def _bounds(id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
             f"{id}: actions from {low.tolist()} to {high.tolist()}: expected lower bounds that are "
             "not above the upper ones"
         )
-    most = np.finfo(np.float32).max / 2
-    low, high = np.where(low < -most, -np.inf, low), np.where(high > most, np.inf, high)
+    low, high = np.where(low <= -1e30, -np.inf, low), np.where(high >= 1e30, np.inf, high)
     return tuple(low.tolist()), tuple(high.tolist())
 
 
