@@ -37,12 +37,11 @@ from peer_process import Peer
 
 from mbrl_jax import AGENTS, make_env
 from mbrl_jax.agents import sac
-from mbrl_jax.data.ring import NStep, Transition
 from mbrl_jax.envs import Env
 from mbrl_jax.models import ensemble, rollout
 from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.loop import make_program
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, NStep, Transition
 
 SIZES = {
     "Pendulum": {

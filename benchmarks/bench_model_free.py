@@ -187,7 +187,7 @@ def updates_alone(cell: Cell, args: argparse.Namespace) -> dict:
         agent = definition.make(config, env.spec)
 
         def one(learner: Any, i: jax.Array) -> tuple[Any, Any]:
-            return agent.update(learner, jax.random.fold_in(key, i), full + i)
+            return agent.update(learner, jax.random.fold_in(key, i), full + i, i)
 
         return jax.lax.scan(one, learner, np.arange(count, dtype=np.int32))
 

@@ -44,9 +44,8 @@ from common import HERE, Record, against, line, markdown, options, ratio_text, s
 from peer_process import Peer
 
 from mbrl_jax import planning
-from mbrl_jax.data.ring import Transition
 from mbrl_jax.models import dynamics, ensemble, fit, rollout
-from mbrl_jax.types import EnvSpec
+from mbrl_jax.types import EnvSpec, Transition
 
 SIZES = {"obs": 17, "act": 6, "hidden": [200] * 4, "members": 7, "elites": 5, "batch": 256}
 CEM = {"samples": 350, "elites": 35, "particles": 20, "horizon": 15, "iterations": 5}

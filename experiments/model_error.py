@@ -65,7 +65,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
     """Everything that is measured, each array with the leading axis of the seeds."""
     from mbrl_jax import make_env
     from mbrl_jax.envs.env import reset_batch, step_batch
-    from mbrl_jax.models import diagnostics, dynamics, ensemble, fit, rollout
+    from mbrl_jax.models import diagnostics, dynamics, ensemble, fit, rollout, rollout_rules
     from mbrl_jax.models.oracle import oracle
 
     env = make_env(env_id)
@@ -81,7 +81,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
 
         def step(batch, t):
             action_key, step_key = jax.random.split(jax.random.fold_in(key, t))
-            return step_batch(env, step_key, batch, env.random_action(action_key)[None])
+            return step_batch(env, step_key, batch, env.spec.random_action(action_key)[None])
 
         batch = reset_batch(env, reset_key, 1)
         return jax.tree.map(lambda x: x[:, 0], jax.lax.scan(step, batch, jnp.arange(steps))[1])
@@ -97,7 +97,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
         """Random actions [T, N, ...] from obs [N, D], what truly follows, and until when."""
         action_key, key = jax.random.split(key)
         draws = jax.random.split(action_key, longest * obs.shape[0]).reshape(longest, -1)
-        actions = jax.vmap(jax.vmap(env.random_action))(draws)
+        actions = jax.vmap(jax.vmap(env.spec.random_action))(draws)
         path = rollout.rollout(truth, env.params, obs, actions, key)
         return actions, path.transition.next_obs, path.mask
 
@@ -130,7 +130,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
         """Returns of the same random actions under the model and in truth."""
 
         def act(obs: jax.Array, key: jax.Array, depth: jax.Array) -> jax.Array:
-            return jax.vmap(env.random_action)(jax.random.split(key, obs.shape[0]))
+            return jax.vmap(env.spec.random_action)(jax.random.split(key, obs.shape[0]))
 
         def summed(model: Any, params: Any) -> jax.Array:
             same = jax.random.clone(key)
@@ -156,7 +156,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
 
         first = model.predict(params, obs, actions[0], first_key).disagreement
         cut = rollout.Rules(threshold=jnp.percentile(first, 95.0))
-        sure = rollout.Rules(keep=lambda depth: rollout.m2ac_share(depth, longest))
+        sure = rollout.Rules(keep=lambda depth: rollout_rules.m2ac_share(depth, longest))
         plain, total = kept(longest, rollout.NO_RULES)
         found = {"none": (plain, total), "short rollouts (5)": kept(5, rollout.NO_RULES)}
         found |= {"disagreement (M2AC)": kept(longest, sure), "truncation": kept(longest, cut)}

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mbrl_jax import lazy
+
+if TYPE_CHECKING:
+    from mbrl_jax import (
+        agents,
+        analysis,
+        data,
+        envs,
+        models,
+        nn,
+        planning,
+        runtime,
+        search,
+        types,
+    )
+    from mbrl_jax.agents import AGENTS, make_agent
+    from mbrl_jax.envs import make_env
+    from mbrl_jax.runtime.loop import make_train
+    from mbrl_jax.runtime.train import Result, train
+    from mbrl_jax.types import InputError
 
 __version__ = "0.1.0"
+__all__ = [
+    "AGENTS",
+    "InputError",
+    "Result",
+    "agents",
+    "analysis",
+    "data",
+    "envs",
+    "make_agent",
+    "make_env",
+    "make_train",
+    "models",
+    "nn",
+    "planning",
+    "runtime",
+    "search",
+    "train",
+    "types",
+]
 
 # imported when first used: gymnax starts the JAX backend, matplotlib and orbax are slow
 _NAMES = {
@@ -17,29 +56,6 @@ _NAMES = {
     "Result": "mbrl_jax.runtime.train",
     "InputError": "mbrl_jax.types",
 }
-_FOLDERS = ("agents", "analysis", "data", "envs", "models", "runtime")
-
-if TYPE_CHECKING:
-    from mbrl_jax.agents import AGENTS, make_agent
-    from mbrl_jax.envs import make_env
-    from mbrl_jax.runtime.loop import make_train
-    from mbrl_jax.runtime.train import Result, train
-    from mbrl_jax.types import InputError
-
-__all__ = [
-    "AGENTS",
-    "InputError",
-    "Result",
-    "make_agent",
-    "make_env",
-    "make_train",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
-    if name in _FOLDERS:
-        return importlib.import_module(f"mbrl_jax.{name}")
-    raise AttributeError(f"module 'mbrl_jax' has no attribute {name!r}")
+__getattr__, __dir__ = lazy.attach(
+    __name__, tuple(name for name in __all__ if name not in _NAMES), _NAMES
+)

@@ -13,7 +13,7 @@ from scipy import stats
 from mbrl_jax import AGENTS, make_agent, make_env, make_train
 from mbrl_jax.agents import dqn
 from mbrl_jax.data import prioritised, ring
-from mbrl_jax.types import EnvSpec, InputError, Step
+from mbrl_jax.types import EnvSpec, InputError, Step, Transition
 
 N, ACTIONS, BATCH = 2, 3, 5
 SPEC = EnvSpec("none", (3,), "float32", 50, num_actions=ACTIONS)
@@ -30,7 +30,13 @@ PLAIN = AGENTS["dqn"].config_for(
     steps_per_update=2, updates=2, target_period=3,
 )  # fmt: skip
 OBSERVE = quick(lambda config, *args: dqn.make(config, SPEC).observe(*args))
-UPDATE = quick(lambda config, *args: dqn.make(config, SPEC).update(*args))
+
+
+def _update(config, state, key, t):
+    return dqn.make(config, SPEC).update(state, key, t, t // config.steps_per_update)
+
+
+UPDATE = quick(_update)
 SAMPLE = quick(prioritised.make(12).sample, static_argnums=2)
 
 
@@ -58,6 +64,7 @@ def random_steps(num, seed):
             terminated=ends == 0,
             truncated=ends == 1,
             is_first=np.zeros(N, bool),
+            is_last=np.zeros(N, bool),
         ))  # fmt: skip
     return steps
 
@@ -162,7 +169,7 @@ def test_two_plain_steps_equal_the_slow_ones():
     steps = random_steps(8, 1)
     state = played(cfg, steps)
     after, metrics = UPDATE(cfg, state, jax.random.key(4), jnp.int32(7))
-    replay = ring.make(ring.transition_example(SPEC), 12, N)
+    replay = ring.make(Transition.example(SPEC), 12, N)
     index = replay.sample_index(jax.random.key(4), 2 * BATCH, jnp.int32(8), 1).reshape(2, BATCH)
     before, ones = jax.tree.map(np.float64, state), np.ones(BATCH)
     # gradient steps 6 and 7 leave the target network as it is
@@ -257,21 +264,21 @@ def test_epsilon_falls_linearly_and_greedy_actions_are_the_best():
     agent = dqn.make(cfg, SPEC)
 
     @jax.jit
-    def act(state, key):
+    def act(state, key, t):
         obs = jnp.zeros((30_000, 3))
-        return agent.act(state, (), obs, None, key, True)[0]
+        return agent.act(state, (), obs, None, key, t, "train")[0]
 
     step = random_steps(1, 6)[0]
     for t, epsilon in ((0, 0.88), (19, 0.5), (39, 0.1), (1000, 0.1)):
         state = OBSERVE(cfg, state._replace(params=params), step, (), jnp.int32(t))
-        assert state.step == (t + 1) * N
-        action = np.asarray(act(state, jax.random.key(t)))
+        action = np.asarray(act(state, jax.random.key(t), jnp.int32(t + 1)))
         counts = np.bincount(action, minlength=ACTIONS)
         chances = np.array([epsilon / 3, 1 - epsilon * 2 / 3, epsilon / 3])
         assert stats.chisquare(counts, 30_000 * chances).pvalue > 1e-4
         metrics = UPDATE(cfg, played(cfg, random_steps(6, 7)), jax.random.key(0), jnp.int32(t))[1]
         assert metrics["epsilon"] == pytest.approx(epsilon)
-    greedy, _, _ = agent.act(state, (), jnp.zeros((50, 3)), None, jax.random.key(0), False)
+    now = jnp.int32(5)
+    greedy, _, _ = agent.act(state, (), jnp.zeros((50, 3)), None, jax.random.key(0), now, "eval")
     assert greedy.dtype == jnp.int32
     assert greedy.tolist() == [1] * 50
 

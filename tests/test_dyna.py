@@ -137,7 +137,7 @@ def test_updates_equal_the_book(fields):
     for t, (s, a, r, ns, end) in enumerate(wander(0, 40)):
         step = Step(
             jnp.array([s]), jnp.array([a]), jnp.array([r], jnp.float32), jnp.array([ns]),
-            jnp.array([end]), jnp.array([False]), jnp.array([t == 0]),
+            jnp.array([end]), jnp.array([False]), jnp.array([t == 0]), jnp.array([False]),
         )  # fmt: skip
         state = observe(state, step, (), jnp.int32(t))
         pairs = []
@@ -145,7 +145,7 @@ def test_updates_equal_the_book(fields):
             visits = state.model.visits
             key = jax.random.key(t)
             pairs = tabular.sample_pairs(visits, key, cfg.planning_steps, A, cfg.sampler).tolist()
-        state, _ = update(state, jax.random.key(t), jnp.int32(t))
+        state, _ = update(state, jax.random.key(t), jnp.int32(t), jnp.int32(t))
         book.step(s, a, r, ns, end, t + 1, pairs)
         np.testing.assert_allclose(state.q, book.q, rtol=2e-4, atol=2e-5, err_msg=f"step {t}")
 
@@ -170,12 +170,12 @@ def test_the_action_bonus_of_exercise_8_4_prefers_what_was_not_tried_for_long():
     state = agent.init(jax.random.key(0))
     visits = state.model.visits
     visits = visits._replace(last=visits.last.at[:3].set(jnp.array([90, 10, 80])))
-    state = state._replace(step=jnp.int32(100), model=state.model._replace(visits=visits))
-    obs, first = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    explored, _, _ = agent.act(state, (), obs, first, jax.random.key(1), True)
+    state = state._replace(model=state.model._replace(visits=visits))
+    obs, first, now = jnp.zeros(1, jnp.int32), jnp.ones(1, bool), jnp.int32(100)
+    explored, _, _ = agent.act(state, (), obs, first, jax.random.key(1), now, "train")
     assert explored.tolist() == [1]
     state = state._replace(q=state.q.at[2].set(0.5))
-    greedy, _, _ = agent.act(state, (), obs, first, jax.random.key(1), False)
+    greedy, _, _ = agent.act(state, (), obs, first, jax.random.key(1), now, "eval")
     assert greedy.tolist() == [2], "evaluation takes no bonus"
 
 

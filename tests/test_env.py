@@ -24,7 +24,7 @@ def test_every_environment_runs_and_keeps_its_spec(id):
 
     def one(batch, key):
         act, step_key = jax.random.split(key)
-        action = jax.vmap(env.random_action)(jax.random.split(act, num_envs))
+        action = jax.vmap(env.spec.random_action)(jax.random.split(act, num_envs))
         return step_batch(env, step_key, batch, action)
 
     batch = reset_batch(env, jax.random.key(0), num_envs)

@@ -9,7 +9,7 @@ import pytest
 
 import mbrl_jax
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
-from mbrl_jax.runtime.loop import evaluate, make_program, make_train
+from mbrl_jax.runtime.loop import make_program, make_train, play_episodes
 from mbrl_jax.types import Agent, InputError, Schedule, config
 
 TABULAR = [
@@ -106,8 +106,10 @@ class ProbeConfig:
 def probe(cfg, spec):
     """An agent that only writes down what the loop does: calls, times, random actions."""
 
-    def act(state, memory, obs, is_first, key, explore):
+    def act(state, memory, obs, is_first, key, t, mode):
         memory = jnp.where(is_first, 0, memory) + 1
+        if mode == "random":
+            return spec.random_actions(key, obs), memory, memory
         return jnp.zeros(obs.shape[0], jnp.int32), memory, memory
 
     def observe(state, step, extras, t):
@@ -121,7 +123,7 @@ def probe(cfg, spec):
             "ends": state["ends"] + jnp.sum(done),
         }
 
-    def update(state, key, t):
+    def update(state, key, t, n):
         state = {**state, "updated": state["updated"].at[t].add(1)}
         return state, {"time": t.astype(jnp.float32)}
 
@@ -173,10 +175,12 @@ def test_greedy_evaluation_follows_the_values_and_stops_where_told(lake):
     path = {0: 1, 4: 1, 8: 2, 9: 1, 13: 2, 14: 2}  # down, down, right, down, right, right
     for cell, action in path.items():
         state = state._replace(q=state.q.at[cell * 4 + action].set(1.0))
-    returns, lengths = evaluate(agent, lake, state, jax.random.key(1), 5)
+    returns, lengths = play_episodes(agent, lake, state, jax.random.key(1), jnp.int32(0), 5)
     assert returns.tolist() == [1.0] * 5
     assert lengths.tolist() == [6] * 5
-    returns, lengths = evaluate(agent, lake, state, jax.random.key(2), 5, max_steps=4)
+    returns, lengths = play_episodes(
+        agent, lake, state, jax.random.key(2), jnp.int32(0), 5, max_steps=4
+    )
     assert returns.tolist() == [0.0] * 5
     assert lengths.tolist() == [4] * 5
 
@@ -190,9 +194,9 @@ def test_a_changed_world_is_evaluated_as_it_is_now():
     for cell, (_, action) in zip(cells, path, strict=True):
         state = state._replace(q=state.q.at[cell * 4 + action].set(1.0))
     origin, _ = env.reset(jax.random.key(1))
-    before, _ = evaluate(agent, env, state, jax.random.key(2), 3, 50, origin)
+    before, _ = play_episodes(agent, env, state, jax.random.key(2), jnp.int32(0), 3, 50, origin)
     late = dataclasses.replace(origin, clock=jnp.int32(100))
-    after, _ = evaluate(agent, env, state, jax.random.key(3), 3, 50, late)
+    after, _ = play_episodes(agent, env, state, jax.random.key(3), jnp.int32(0), 3, 50, late)
     assert before.tolist() == [1.0] * 3
     assert after.tolist() == [0.0] * 3
 

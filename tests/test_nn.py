@@ -3,23 +3,24 @@
 import itertools
 from functools import partial
 
+import chex
 import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from probes import slopes
 from scipy import integrate, special, stats
 
-from mbrl_jax import make_env
 from mbrl_jax.nn import distributions as dist
 from mbrl_jax.nn import normaliser
-from mbrl_jax.nn.networks import MLP, BatchRenorm, Conv3x3, Torso, polyak, torso
-from mbrl_jax.nn.optimiser import adam
+from mbrl_jax.nn.networks import MLP, BatchRenorm, Conv3x3, Torso, polyak
+from mbrl_jax.nn.optimiser import adam, flat, flattened
 from mbrl_jax.nn.schedules import linear
-from mbrl_jax.types import InputError
+from mbrl_jax.types import ArraySpec, EnvSpec, InputError
 
 LOGITS = np.array([0.3, -1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
 
@@ -220,24 +221,72 @@ def test_conv3x3_is_a_convolution_without_padding():
     np.testing.assert_allclose(net.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def observed(shape, num_obs=None):
+    return EnvSpec("seen", shape, "float32", 9, num_obs=num_obs)
+
+
 def test_torso_takes_every_kind_of_observation():
     def features(net, obs):
         return np.asarray(net.apply(net.init(jax.random.key(0), obs), obs))
 
-    one_hot = features(Torso((), 4), jnp.array([2, 0]))
+    one_hot = features(Torso(observed((), 4)), jnp.array([2, 0]))
     np.testing.assert_array_equal(one_hot, [[0, 0, 1, 0], [1, 0, 0, 0]])
     assert one_hot.dtype == np.float32
     grid = jnp.arange(12).reshape(2, 2, 3)
     for obs in (grid.astype(jnp.uint8), grid > 4, grid.astype(jnp.float32)):
-        flat = features(Torso((2, 3)), obs)
+        flat = features(Torso(observed((2, 3))), obs)
         assert flat.dtype == np.float32
         np.testing.assert_array_equal(flat, np.asarray(obs, np.float32).reshape(2, 6))
-    image = features(Torso((5, 6, 2)), jnp.arange(120).reshape(2, 5, 6, 2) % 7 > 3)
+    image = features(Torso(observed((5, 6, 2))), jnp.arange(120).reshape(2, 5, 6, 2) % 7 > 3)
     assert image.shape == (2, 3 * 4 * 16)
     assert image.min() == 0, "ReLU after the convolution"
     assert image.max() > 0
-    assert torso(make_env("FrozenLake-misc").spec).num_obs == 16
-    assert torso(make_env("CartPole-v1").spec) == Torso((4,), None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "image"),
+    [((2, 5, 3), 0), ((3, 2, 5), 0), ((1, 1, 8), 0), ((10, 10, 4), 1), ((3, 3, 1), 1),
+     ((64, 64, 3), 1), ((3, 4), 0), ((2, 3, 4, 5), 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "bool"])
+def test_only_what_a_convolution_fits_is_an_image(shape, image, dtype):
+    """And brightnesses count from 0 to 1, while tables and flags keep their numbers."""
+    net = Torso(EnvSpec("seen", shape, dtype, 9))
+    obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, *shape)), dtype)
+    params = net.init(jax.random.key(0), obs)
+    got, x = net.apply(params, obs), np.asarray(obs, np.float32)
+    if not image:
+        assert not params
+        np.testing.assert_array_equal(got, x.reshape(2, -1))
+        return
+    x = x / 255 if dtype == "uint8" else x
+    conv = {"params": params["params"]["Conv3x3_0"]}
+    expected = np.maximum(Conv3x3(16).apply(conv, x), 0).reshape(2, -1)
+    assert expected.shape == (2, (shape[0] - 2) * (shape[1] - 2) * 16)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * x.max())
+    if dtype == "uint8":
+        assert 0.1 < np.abs(got).max() < 10
+
+
+def test_a_normalised_image_is_not_divided_again():
+    """PPO normalises observations before its networks see them."""
+    net = Torso(EnvSpec("seen", (5, 5, 1), "uint8", 9))
+    obs = jax.random.normal(jax.random.key(0), (2, 5, 5, 1))
+    params = net.init(jax.random.key(1), obs)
+    conv = {"params": params["params"]["Conv3x3_0"]}
+    expected = jax.nn.relu(Conv3x3(16).apply(conv, obs)).reshape(2, -1)
+    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-6)
+
+
+def test_an_image_in_a_dict_is_an_image():
+    parts = (("flag", ArraySpec((2,), "uint8")), ("view", ArraySpec((4, 4, 1), "uint8")))
+    net = Torso(EnvSpec("seen", (), "dict", 9, obs_parts=parts))
+    obs = {"flag": jnp.uint8([[1, 7]]), "view": jnp.full((1, 4, 4, 1), 255, jnp.uint8)}
+    params = net.init(jax.random.key(0), obs)
+    kernel = params["params"]["Conv3x3_0"]["Dense_0"]["kernel"]
+    expected = np.maximum(kernel.sum(0), 0)[None].repeat(4, 0).reshape(1, -1)
+    expected = np.concatenate([[[1, 7]], expected], axis=1)
+    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_polyak_is_the_moving_average():
@@ -305,6 +354,105 @@ def test_adam_equals_a_slow_one_for_every_seed_under_vmap():
     text = many.lower(tree(jnp.float32(theta)), jnp.float32(grads)).as_text()
     assert "dynamic_update_slice" in text
     assert "scatter" not in text
+
+
+PARAMS = {
+    "torso": {"kernel": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "bias": jnp.zeros(4)},
+    "scale": jnp.float32(0.3),
+    "empty": jnp.zeros((0, 4)),
+}
+
+
+def gradients(number):
+    return [
+        jax.tree.map(
+            lambda x, i=i: (
+                jnp.sin(jnp.arange(x.size, dtype=jnp.float32) + 7.0 * i).reshape(x.shape)
+                * 10.0 ** (i % 3)
+            ),
+            PARAMS,
+        )
+        for i in range(number)
+    ]
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return request.param
+
+
+def test_one_vector_holds_all_leaves_in_order_on_every_backend(backend):
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.bfloat16(-2.0), "c": jnp.zeros((0, 2))}
+    vector = flat(tree)
+    assert vector.dtype == jnp.float32
+    assert vector.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -2.0]
+    text = jax.jit(lambda tree: flat(tree)).lower(PARAMS).as_text()  # not traced before
+    assert ("dynamic_update_slice" in text) == (backend == "cpu")
+    assert ("concatenate" in text) == (backend == "gpu")
+
+
+@pytest.mark.parametrize(("longest", "decay"), [(None, None), (0.7, 0.1)])
+def test_a_step_and_its_state_are_the_same_on_every_backend(monkeypatch, longest, decay):
+    """So that a checkpoint moves between devices."""
+
+    def run(name):
+        monkeypatch.setattr(jax, "default_backend", lambda: name)
+        optimiser = adam(0.1, max_grad_norm=longest, weight_decay=decay)
+        params, state = PARAMS, optimiser.init(PARAMS)
+        for grads in gradients(4):
+            # op by op: each program would round in its own way
+            moves, state = optimiser.update(grads, state, params)
+            params = optax.apply_updates(params, moves)
+        return params, state
+
+    (params, state), (theirs, other) = run("cpu"), run("gpu")
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
+    chex.assert_trees_all_close((params, state), (theirs, other), rtol=1e-6)
+    assert not np.allclose(params["scale"], PARAMS["scale"])
+
+
+def clipped_by_tensor(ratio, floor):
+    """g / max(1, |g| / (ratio max(floor, |p|))), with the norms of whole tensors."""
+
+    def update(grads, state, params):
+        def one(g, p):
+            longest = ratio * jnp.maximum(floor, jnp.linalg.norm(p))
+            return g / jnp.maximum(1.0, jnp.linalg.norm(g) / longest)
+
+        return jax.tree.map(one, grads, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_a_rule_of_each_tensor_stands_before_the_flat_part(backend):
+    """Clipping by tensor, then RMS scaling, then momentum: the optimiser of DreamerV3."""
+    inner = optax.chain(
+        optax.scale_by_rms(decay=0.9, eps=1e-20, eps_in_sqrt=False, bias_correction=True),
+        optax.ema(0.8),
+        optax.scale_by_learning_rate(0.1),
+    )
+    optimiser = optax.chain(clipped_by_tensor(0.3, 1e-3), flattened(inner))
+    update = jax.jit(optimiser.update)
+    params, state = PARAMS, optimiser.init(PARAMS)
+    slow, structure = jax.tree.flatten(jax.tree.map(np.float64, PARAMS))
+    nu, mu = ([np.zeros_like(x) for x in slow] for _ in range(2))
+    short = set()
+    for t, grads in enumerate(gradients(5), start=1):
+        moves, state = update(grads, state, params)
+        params = optax.apply_updates(params, moves)
+        for i, g in enumerate(map(np.float64, jax.tree.leaves(grads))):
+            longest = 0.3 * max(1e-3, np.linalg.norm(slow[i]))
+            short.add(bool(np.linalg.norm(g) <= longest))
+            g = g / max(1.0, np.linalg.norm(g) / longest)
+            nu[i] = 0.9 * nu[i] + 0.1 * g**2
+            mu[i] = 0.8 * mu[i] + 0.2 * g / (np.sqrt(nu[i] / (1 - 0.9**t)) + 1e-20)
+            slow[i] = slow[i] - 0.1 * mu[i] / (1 - 0.8**t)
+        chex.assert_trees_all_close(params, jax.tree.unflatten(structure, slow), rtol=1e-4)
+    assert short == {True, False}
+    vectors = [x.shape for x in jax.tree.leaves(state) if x.ndim]
+    assert vectors == [(17,), (17,)], "the elementwise part keeps one vector of each moment"
 
 
 def test_schedules_begin_and_end_where_they_should():

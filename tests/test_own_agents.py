@@ -21,10 +21,10 @@ class WandererConfig:
 def make_wanderer(config, spec):
     """Acts at random and counts its steps."""
 
-    def act(state, memory, obs, is_first, key, explore):
+    def act(state, memory, obs, is_first, key, t, mode):
         return jax.random.randint(key, obs.shape, 0, spec.num_actions), memory, ()
 
-    def update(state, key, t):
+    def update(state, key, t, n):
         # the weak type of this state must not trace the next chunk anew
         return jnp.where(t >= 0, state + config.speed, 0.0), {"distance": state}
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from helpers import SMALL
 from probes import quick
+from test_fit import selected_in_gradient_steps
 
 from mbrl_jax import AGENTS, InputError, make_env, planning
 from mbrl_jax.agents import make_agent, pets
-from mbrl_jax.data.ring import transition_example
 from mbrl_jax.models import ensemble
-from mbrl_jax.types import EnvSpec, Step
+from mbrl_jax.types import EnvSpec, Step, Transition
 
 PENDULUM = make_env("Pendulum-v1").spec
 CARTPOLE = make_env("CartPole-v1").spec
@@ -24,7 +24,7 @@ def config(spec=PENDULUM, **fields):
 def batch(spec, num, seed=0):
     """A step of `num` environments with random numbers."""
     rng = np.random.default_rng(seed)
-    example = transition_example(spec)
+    example = Transition.example(spec)
 
     def fill(leaf):
         if leaf.dtype == bool:
@@ -33,7 +33,8 @@ def batch(spec, num, seed=0):
             return jnp.asarray(rng.integers(0, 2, (num, *leaf.shape)), jnp.int32)
         return jnp.float32(rng.uniform(-1, 1, (num, *leaf.shape)))
 
-    return Step(*jax.tree.map(fill, example), jnp.zeros(num, bool))
+    never = jnp.zeros(num, bool)
+    return Step(*jax.tree.map(fill, example), never, never)
 
 
 def after_training(agent, spec, updates=1):
@@ -44,7 +45,7 @@ def after_training(agent, spec, updates=1):
         for t in range(32):
             state = agent.observe(state, batch(spec, 1, t), (), jnp.int32(t))
         for i in range(updates):
-            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31))
+            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31), jnp.int32(i))
         return state
 
     return quick(run)(jax.random.key(0))
@@ -57,7 +58,11 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
     agent = make_agent("pets", spec, cfg)
     state = after_training(agent, spec)
     obs = batch(spec, 2, 99).obs
-    act = quick(lambda memory, first, key: agent.act(state, memory, obs, first, key, True)[:2])
+    act = quick(
+        lambda memory, first, key: agent.act(
+            state, memory, obs, first, key, jnp.int32(32), "train"
+        )[:2]
+    )
     first = jnp.ones(2, bool)
     action, memory = act(agent.init_memory(2), first, jax.random.key(5))
     again, _ = act(memory, first, jax.random.key(5))
@@ -71,11 +76,39 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
 
     def by_hand(obs, key):
         value = planning.model_value(models.model("tsinf"), state.params, obs, cfg.particles)
-        return plan(value, key, start).action
+        again = pets.plan_action(cfg, spec, state.params, obs, start, jax.random.clone(key))
+        return plan(value, key, start).action + 0 * again.action
 
     expected = quick(jax.vmap(by_hand))(obs, jax.random.split(jax.random.key(5), 2))
     np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
     assert action.shape == (2, *spec.action_shape)
+
+
+def test_random_steps_of_vmapped_seeds_plan_nothing():
+    """No product with the model's weights, and the plan starts anew after them."""
+    agent = make_agent("pets", PENDULUM, config())
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.eval_shape(jax.vmap(agent.init), keys)
+    obs, first = jnp.zeros((4, 2, 3)), jnp.zeros((4, 2), bool)
+    memory = jax.vmap(lambda key: agent.init_memory(2))(keys)
+
+    def act(mode):
+        one = lambda *args: agent.act(*args, jnp.int32(5), mode)  # noqa: E731
+        return jax.make_jaxpr(jax.vmap(one))(states, memory, obs, first, keys)
+
+    assert "dot_general" not in str(act("random"))
+    assert "cond" not in str(act("random"))
+    assert "dot_general" in str(act("train"))
+
+
+def test_training_of_four_vmapped_seeds_selects_no_parameters():
+    cfg = config(model={"hidden": (13, 11), "weight_decay": (1e-5,)}, training={"batch_size": 7})
+    agent = make_agent("pets", PENDULUM, cfg)
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.eval_shape(jax.vmap(agent.init), keys)
+    update = jax.vmap(agent.update, (0, 0, None, None))
+    jaxpr = jax.make_jaxpr(update)(states, keys, jnp.int32(31), jnp.int32(0)).jaxpr
+    assert selected_in_gradient_steps(jaxpr, states.params.net) == (1, [])
 
 
 def test_the_model_learns_only_from_what_was_observed():

@@ -24,9 +24,11 @@ SMALL = {"hidden": (4,), "num_envs": N, "num_steps": T, "epochs": 1, "minibatche
 PLAIN = AGENTS["ppo"].config_for("", **SMALL, normalise_advantage=False)
 FULL = AGENTS["ppo"].config_for("", **SMALL, normalise_obs=True, normalise_reward=True)
 ACT = quick(
-    lambda config, spec, *args: ppo.make(config, spec).act(*args), static_argnums=(1, 7)
+    lambda config, spec, *args: ppo.make(config, spec).act(*args), static_argnums=(1, 8)
 )  # fmt: skip
-UPDATE = quick(lambda config, spec, *args: ppo.make(config, spec).update(*args), static_argnums=1)
+UPDATE = quick(
+    lambda config, spec, *args: ppo.make(config, spec).update(*args, jnp.int32(0)), static_argnums=1
+)
 OBSERVE = quick(lambda config, spec, *args: ppo.make(config, spec).observe(*args), static_argnums=1)
 
 
@@ -56,6 +58,7 @@ def random_steps(spec, seed, num=T):
             terminated=jnp.asarray(ends == 0),
             truncated=jnp.asarray(ends == 1),
             is_first=jnp.zeros(N, bool),
+            is_last=jnp.zeros(N, bool),
         )
 
 
@@ -240,7 +243,7 @@ def test_actions_carry_their_log_probability_and_the_first_ratio_is_one(spec):
     actor, drawn = jax.tree.map(np.float64, state.params.actor), []
     for t, step in enumerate(random_steps(spec, 3)):
         action, _, log_prob = ACT(
-            cfg, spec, state, (), step.obs, step.is_first, jax.random.key(t), True
+            cfg, spec, state, (), step.obs, step.is_first, jax.random.key(t), jnp.int32(t), "train"
         )  # fmt: skip
         expected = slow_policy(actor, spec, np.float64(step.obs), np.asarray(action))[0]
         np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-5)
@@ -250,7 +253,9 @@ def test_actions_carry_their_log_probability_and_the_first_ratio_is_one(spec):
     _, metrics = UPDATE(cfg, spec, state, jax.random.key(9), jnp.int32(T - 1))
     assert abs(metrics["kl"]) < 1e-6
     assert metrics["clipped"] == 0
-    greedy, _, _ = ACT(cfg, spec, state, (), step.obs, step.is_first, jax.random.key(0), False)
+    greedy, _, _ = ACT(
+        cfg, spec, state, (), step.obs, step.is_first, jax.random.key(0), jnp.int32(T), "eval"
+    )
     out = net(actor, np.float64(step.obs))
     best = out.argmax(-1) if spec is DISCRETE else out * [1.0, 1.5] + [0.0, 2.0]
     np.testing.assert_allclose(greedy, best, rtol=1e-4, atol=1e-5)

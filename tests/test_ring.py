@@ -2,6 +2,7 @@
 
 from collections import deque
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from scipy import stats
 from test_structure import copies_in_loops, primitives
 
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import Cursor, Transition
+from mbrl_jax.data.ring import Cursor
 from mbrl_jax.data.rows import Layout
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import EnvSpec, InputError, Transition
 
 MIXED = {
     "pixels": jax.ShapeDtypeStruct((2, 3), "uint8"),
@@ -25,6 +26,14 @@ MIXED = {
     "vector": jax.ShapeDtypeStruct((2,), "float32"),
     "scalar": jax.ShapeDtypeStruct((), "float32"),
 }
+X = jax.ShapeDtypeStruct((3,), "float32")
+
+
+class Latent(NamedTuple):
+    deter: jax.Array
+    code: jax.Array
+
+
 SPEC = EnvSpec("any", (3,), "float32", 100, num_actions=2)
 CONTINUOUS = EnvSpec("any", (4, 4), "uint8", 100, action_low=(0.0, 0.0), action_high=(1.0, 1.0))
 
@@ -215,7 +224,7 @@ def slow_n_step(steps, t, env, n, gamma):
 def test_n_step_equals_a_slow_loop(n):
     length, num_envs, kept = 60, 2, 37
     steps = stream(np.random.default_rng(n), length, num_envs)
-    made = ring.make(ring.transition_example(SPEC), kept * num_envs, num_envs)
+    made = ring.make(Transition.example(SPEC), kept * num_envs, num_envs)
     rows, add = made.init(), jax.jit(made.add)
     for t in range(length):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), jnp.int32(t))
@@ -242,7 +251,7 @@ def test_nothing_of_the_next_episode_reaches_a_cut_window():
         terminated=np.array([[False], [True], [True]]),
         truncated=np.array([[True], [False], [False]]),
     )
-    made = ring.make(ring.transition_example(SPEC), 3)
+    made = ring.make(Transition.example(SPEC), 3)
     rows, add = made.init(), jax.jit(made.add)
     for t in range(3):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), t)
@@ -256,16 +265,166 @@ def count(jaxpr, name):
 
 
 def test_reads_are_one_gather_for_each_dtype():
-    made = ring.make(ring.transition_example(SPEC), 8)
+    made = ring.make(Transition.example(SPEC), 8)
     rows, index = made.init(), jnp.arange(6).reshape(2, 3)
     assert list(rows) == ["float32", "int32", "uint8"]
     assert count(jax.make_jaxpr(made.get)(rows, index), "gather") == 3
     for n in (1, 4):
         n_step = jax.make_jaxpr(lambda rows, index, n=n: made.n_step(rows, index, n, 0.9))
         assert count(n_step(rows, index), "gather") == 3 * n
-    pixels = ring.make(ring.transition_example(CONTINUOUS), 8)
+    pixels = ring.make(Transition.example(CONTINUOUS), 8)
     reads = jax.make_jaxpr(pixels.get)(pixels.init(), index)
     assert count(reads, "gather") == 2, "flags lie beside pixels"
+
+
+WRITABLE = {**MIXED, "latent": Latent(MIXED["vector"], jax.ShapeDtypeStruct((2, 2), "bfloat16"))}
+# a NamedTuple's leaves go by their names, in a dict or in one of its kind that lacks the others
+PARTS = [
+    {"scalar": MIXED["scalar"]},
+    {"flags": {"1": MIXED["flags"][1]}, "pixels": MIXED["pixels"]},
+    {"latent": {"code": WRITABLE["latent"].code}, "vector": MIXED["vector"]},
+    {"latent": WRITABLE["latent"], "count": MIXED["count"]},
+    {"latent": Latent(None, WRITABLE["latent"].code)},
+]
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+@cache
+def writers(part):
+    made = ring.make(WRITABLE, 6, 2)
+    return made, jax.jit(made.layout.pack), jax.jit(made.set), jax.jit(jax.vmap(made.set))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(range(len(PARTS))),
+    st.lists(st.integers(0, 5), min_size=12, max_size=12),
+    st.integers(0, 2**32 - 1),
+)
+def test_set_equals_a_loop_in_which_the_last_value_stays(part, index, seed):
+    struct = PARTS[part]
+    made, pack, set_, set_both = writers(part)
+    trees, fields = noise(WRITABLE, (2, 6), seed), noise(struct, (2, 2, 3), seed + 1)
+    index = np.array(index, np.int32).reshape(2, 2, 3)
+    rows = pack(trees)
+    expected = jax.tree.map(np.array, trees)
+    for name, values in by_name(fields).items():
+        for s, i, j in np.ndindex(2, 2, 3):
+            by_name(expected)[name][s, index[s, i, j]] = values[s, i, j]
+    both = made.layout.unpack(set_both(rows, index, fields))
+    assert_same_bits(both, expected)
+    one = jax.tree.map(lambda x: x[1], (rows, fields, expected))
+    assert_same_bits(made.all(set_(one[0], index[1], one[1])), one[2])
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_a_set_touches_no_more_than_its_leaves(seeds):
+    made = ring.make(WRITABLE, 4096, 2)
+    fields = {"latent": WRITABLE["latent"], "scalar": WRITABLE["scalar"]}
+    lead = () if seeds is None else (seeds,)
+    set_ = made.set if seeds is None else jax.vmap(made.set)
+    jaxpr = jax.make_jaxpr(set_)(
+        many(made.init(), *lead), np.zeros((*lead, 5, 3), np.int32), many(fields, *lead, 5, 3)
+    )
+    scatters = [e for e in primitives(jaxpr.jaxpr) if e.primitive.name == "scatter"]
+    widths = sorted(e.invars[2].aval.size // (15 * (seeds or 1)) for e in scatters)
+    assert widths == [1, 1, 2, 4], "the order of the rows and three leaves"
+    large = [e for e in primitives(jaxpr.jaxpr) if e.outvars[0].aval.size >= 4096]
+    assert {e.primitive.name for e in large} == {"scatter"}
+    assert len(large) == 3
+
+
+SMALL = {
+    "bfloat16": jax.ShapeDtypeStruct((2, 3), "bfloat16"),
+    "float16": jax.ShapeDtypeStruct((), "float16"),
+    "float8": jax.ShapeDtypeStruct((2,), "float8_e4m3fn"),
+    "uint16": jax.ShapeDtypeStruct((2,), "uint16"),
+    "flag": jax.ShapeDtypeStruct((), "bool"),
+}
+
+
+def test_small_floats_come_back_bit_for_bit():
+    layout = Layout.of(SMALL)
+    assert layout.widths == {"uint16": 6 + 1 + 2, "uint8": 2 + 1}
+    assert layout.row_bytes == 2 * 9 + 3
+    tree = noise(SMALL, (5, 4), 0)
+    assert_same_bits(jax.jit(lambda x: layout.unpack(layout.pack(x)))(tree), tree)
+
+
+def test_a_write_of_small_floats_converts_no_ring():
+    made = ring.make({"latent": jax.ShapeDtypeStruct((8,), "bfloat16")}, CAPACITY, 4)
+
+    def step(rows, t):
+        rows = made.add(rows, {"latent": jnp.full((4, 8), t, jnp.bfloat16)}, t)
+        index = made.index(t, jnp.arange(4, dtype=jnp.int32))
+        latent = made.get(rows, index)["latent"]
+        return made.set(rows, index, {"latent": latent * 2}), jnp.sum(latent)
+
+    loop = jax.jit(lambda rows, times: jax.lax.scan(step, rows, times), donate_argnums=0)
+    times = jnp.arange(8, dtype=jnp.int32)
+    compiled = loop.lower(made.init(), times).compile()
+    assert f"[{CAPACITY},8]" in compiled.as_text(), "the ring is in the program"
+    assert f"f32[{CAPACITY},8]" not in compiled.as_text()
+    rows = loop(made.init(), times)[0]
+    found = made.all(rows)["latent"].astype(jnp.float32)
+    np.testing.assert_array_equal(found[:32], np.repeat(2.0 * np.arange(8), 4)[:, None] + [[0] * 8])
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_row_is_that_of_its_step_also_late_and_in_64_bits(x64):
+    made = ring.make(X, 2**30 - 2**30 % 66, 66)
+    with jax.enable_x64(x64):
+        for t in (0, 1, made.steps - 1, made.steps, 2**31 - 1):
+            row = jax.jit(made.index)(jnp.int32(t), jnp.arange(66, dtype=jnp.int32))
+            assert row.dtype == jnp.int32
+            assert row.tolist() == [t % made.steps * 66 + env for env in range(66)]
+        assert made.index(7, 3).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_dtypes_are_the_same_in_64_bits(x64):
+    with jax.enable_x64(x64):
+        made = ring.make(ring.transition_example(SPEC), 12, 3)
+
+        def use(rows, batch, mask, t, key):
+            rows = made.add(rows, batch, t)
+            index = made.sample_index(key, 4, t + 1)
+            drawn = made.n_step(rows, index, 2, jnp.float32(0.9))
+            rows, cursor = made.add_masked(rows, batch, mask, ring.empty_cursor())
+            return rows, index, drawn, cursor, made.sample_filled(key, 4, cursor)
+
+        batch = jax.tree.map(lambda x: x[0], stream(np.random.default_rng(0), 1, 3))
+        with jax.debug_key_reuse(False):
+            rows, index, drawn, cursor, filled = jax.jit(use)(
+                made.init(), batch, np.ones(3, bool), jnp.int32(0), jax.random.key(0)
+            )
+        assert {name: x.dtype.name for name, x in rows.items()} == {x: x for x in rows}
+        assert {x.dtype.name for x in jax.tree.leaves((index, cursor, filled))} == {"int32"}
+        floats = (drawn.obs, drawn.reward, drawn.next_obs, drawn.discount)
+        assert {x.dtype.name for x in floats} == {"float32"}
+        assert drawn.action.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_reading_everything_gathers_nothing(seeds):
+    made = ring.make(MIXED, 6, 2)
+    lead = () if seeds is None else (seeds,)
+    trees = noise(MIXED, (*lead, 6), 0)
+    rows = jax.jit(made.layout.pack)(trees)
+
+    def whole(read):
+        mapped = read if seeds is None else jax.vmap(read)
+        return jax.jit(mapped).lower(rows).compile()
+
+    assert_same_bits(whole(made.all)(rows), trees)
+    assert " gather(" not in whole(made.all).as_text()
+    by_index = whole(lambda rows: made.get(rows, jnp.arange(6)))
+    assert_same_bits(by_index(rows), trees)
+    assert " gather(" in by_index.as_text(), "the control: rows by index"
 
 
 def test_a_write_under_vmap_is_a_slice_update():
@@ -302,7 +461,7 @@ def replay_loop(made, read_new):
         rows, key = carry
         key, draw = jax.random.split(key)
         batch = jax.tree.map(
-            lambda s: jnp.full((made.num_envs, *s.shape), t, s.dtype), ring.transition_example(SPEC)
+            lambda s: jnp.full((made.num_envs, *s.shape), t, s.dtype), Transition.example(SPEC)
         )
         new = made.add(rows, batch, t)
         index = made.sample_index(draw, 16, t + 1)
@@ -314,7 +473,7 @@ def replay_loop(made, read_new):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_no_ring_is_copied_in_the_loop(seeds):
-    made = ring.make(ring.transition_example(SPEC), CAPACITY, 4)
+    made = ring.make(Transition.example(SPEC), CAPACITY, 4)
     keys = jax.random.split(jax.random.key(0), seeds)
     rows = many(made.init(), seeds)
     jaxpr = jax.make_jaxpr(jax.vmap(replay_loop(made, True)))(rows, keys)
@@ -353,22 +512,20 @@ def test_rows_come_back_bit_for_bit():
 
 
 def test_memory_is_as_stated():
-    for made in (ring.make(MIXED, 30, 3), ring.make(ring.transition_example(CONTINUOUS), 30)):
+    for made in (ring.make(MIXED, 30, 3), ring.make(Transition.example(CONTINUOUS), 30)):
         assert made.num_bytes == sum(x.nbytes for x in made.init().values())
         assert all(x.size for x in made.init().values())
-    assert ring.make(ring.transition_example(CONTINUOUS), 30).num_bytes == 30 * (
-        2 * 16 + 2 * 4 + 4 + 2
-    )
+    assert ring.make(Transition.example(CONTINUOUS), 30).num_bytes == 30 * (2 * 16 + 2 * 4 + 4 + 2)
 
 
 def test_a_transition_is_shaped_by_the_environment():
-    step = ring.transition_example(CONTINUOUS)
+    step = Transition.example(CONTINUOUS)
     assert (step.obs.shape, step.obs.dtype) == ((4, 4), np.uint8)
     assert step.next_obs == step.obs
     assert (step.action.shape, step.action.dtype) == ((2,), np.float32)
     assert (step.reward.shape, step.reward.dtype) == ((), np.float32)
     assert step.terminated.dtype == step.truncated.dtype == np.bool_
-    action = ring.transition_example(SPEC).action
+    action = Transition.example(SPEC).action
     assert (action.shape, action.dtype) == ((), np.int32)
 
 
@@ -377,7 +534,9 @@ def add(example, batch, num_envs=2):
     return made.add(made.init(), batch, 0)
 
 
-X = jax.ShapeDtypeStruct((3,), "float32")
+def set_fields(fields):
+    made = ring.make({"a": X, "c": {"d": X}}, 4)
+    return made.set(made.init(), jnp.arange(2), fields)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +556,20 @@ X = jax.ShapeDtypeStruct((3,), "float32")
         (
             lambda: add((X, X), (jnp.zeros((2, 3)), jnp.zeros((3, 3)))),
             r"tree\[1\] is float32\[3, 3\]: expected float32\[2, 3\]",
+        ),
+        (lambda: set_fields({}), "fields = {}: expected at least one leaf"),
+        (
+            lambda: set_fields({"b": jnp.zeros((2, 3))}),
+            r"fields\['b'\] is no leaf of the example: expected some of a, c.d",
+        ),
+        (lambda: set_fields({"c": jnp.zeros(2)}), r"fields\['c'\] is no leaf .* c.d"),
+        (
+            lambda: set_fields({"a": jnp.zeros((2, 4))}),
+            r"fields\['a'\] is float32\[2, 4\]: expected float32\[2, 3\]",
+        ),
+        (
+            lambda: set_fields({"c": {"d": jnp.zeros((2, 3), jnp.int32)}}),
+            r"fields\['c'\]\['d'\] is int32\[2, 3\]: expected float32\[2, 3\]",
         ),
         (
             lambda: ring.make(X, 4, 2).sample_index(jax.random.key(0), 1, 4, n_step=3),

@@ -14,10 +14,9 @@ from probes import assert_near, first_gradient, quick, randomly, slopes, zeros
 from scipy import stats
 
 from mbrl_jax import AGENTS, make_agent, make_env, make_train
-from mbrl_jax.agents import sac
+from mbrl_jax.agents import sac, sac_learner
 from mbrl_jax.data import ring
-from mbrl_jax.data.ring import NStep
-from mbrl_jax.types import EnvSpec, InputError, Step
+from mbrl_jax.types import EnvSpec, InputError, NStep, Step, Transition
 
 SPEC = EnvSpec("none", (3,), "float32", 50, action_low=(-1.0, 0.5), action_high=(1.0, 3.5))
 BATCH, SIZE = 6, 2  # transitions of a gradient step, dimensions of an action
@@ -204,15 +203,15 @@ def test_losses_equal_the_formulas():
     reward, log_prob, q = rng.normal(size=(3, 7))
     next_q, values = rng.normal(size=(2, 3, 7))
     discount = 0.97 * (rng.random(7) < 0.6)
-    target = sac.critic_target(*map(jnp.float32, (reward, discount, next_q, log_prob, 0.3)))
+    target = sac_learner.critic_target(*map(jnp.float32, (reward, discount, next_q, log_prob, 0.3)))
     slow = [reward[b] + discount[b] * (min(next_q[:, b]) - 0.3 * log_prob[b]) for b in range(7)]
     np.testing.assert_allclose(target, slow, rtol=1e-5, atol=1e-6)
-    loss = sac.critic_loss(jnp.float32(values), target)
+    loss = sac_learner.critic_loss(jnp.float32(values), target)
     expected = sum(0.5 * np.mean((values[j] - slow) ** 2) for j in range(3))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    loss = sac.actor_loss(jnp.float32(log_prob), jnp.float32(q), 0.3)
+    loss = sac_learner.actor_loss(jnp.float32(log_prob), jnp.float32(q), 0.3)
     np.testing.assert_allclose(loss, np.mean(0.3 * log_prob - q), rtol=1e-4)
-    value, (grad, to_policy) = jax.value_and_grad(sac.temperature_loss, (0, 1))(
+    value, (grad, to_policy) = jax.value_and_grad(sac_learner.temperature_loss, (0, 1))(
         jnp.float32(-0.5), jnp.float32(log_prob), -2.0
     )
     np.testing.assert_allclose(value, 0.5 * np.mean(log_prob - 2.0), rtol=1e-5)
@@ -265,7 +264,7 @@ def steps(seed=0, **flags):
     obs, next_obs = jnp.float32(rng.normal(size=(2, 2, 3)))
     action = jnp.float32(rng.uniform(SPEC.action_low, SPEC.action_high, size=(2, SIZE)))
     reward = jnp.float32(rng.normal(size=2))
-    return Step(obs, action, reward, next_obs, no, no, no)._replace(**flags)
+    return Step(obs, action, reward, next_obs, no, no, no, no)._replace(**flags)
 
 
 # one program for all that is asked of the whole agent: REDQ with two gradient steps every second
@@ -276,7 +275,13 @@ WHOLE = config(
     learning_rate=0.01, temperature=1e-12, learn_temperature=False,
 )  # fmt: skip
 OBSERVE = quick(lambda config, *args: sac.make(config, SPEC).observe(*args))
-WHOLE_UPDATE = quick(lambda config, *args: sac.make(config, SPEC).update(*args))
+
+
+def _update(config, state, key, t):
+    return sac.make(config, SPEC).update(state, key, t, t // config.steps_per_update)
+
+
+WHOLE_UPDATE = quick(_update)
 
 
 def whole(worth):
@@ -338,14 +343,14 @@ def test_the_actor_moves_at_every_fifth_gradient_step_over_all_updates():
     np.testing.assert_array_equal(moved, np.diff(actors) > 0)
 
 
-def acting(agent, actor, memory, obs, first, key, explore):
+def acting(agent, actor, memory, obs, first, key, mode):
     """(actions, memory) of an actor without a learner."""
-    learner = sac.LearnerState(sac.Params(actor, None, None), None, None, None)
-    return agent.act(sac.State(learner, None), memory, obs, first, key, explore)[:2]
+    learner = sac.LearnerState(sac_learner.Params(actor, None, None), None, None, None)
+    return agent.act(sac.State(learner, None), memory, obs, first, key, jnp.int32(0), mode)[:2]
 
 
-@pytest.mark.parametrize("explore", [True, False])
-def test_actions_lie_within_the_bounds_and_reach_them(explore):
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_actions_lie_within_the_bounds_and_reach_them(mode):
     native = make_env("Pendulum-v1", rescale_actions=False).spec
     assert native.action_high == (2.0,)
     obs = jnp.float32(np.random.default_rng(0).normal(size=(200, 3)))
@@ -357,7 +362,7 @@ def test_actions_lie_within_the_bounds_and_reach_them(explore):
         for factor in (1.0, 300.0):
             scaled = jax.tree.map(lambda x, f=factor: x * f, actor)
             args = (agent.init_memory(200), obs, jnp.ones(200, bool), jax.random.key(2))
-            action = np.asarray(act(scaled, *args, explore)[0])
+            action = np.asarray(act(scaled, *args, mode)[0])
             assert action.shape == (200, len(low))
             assert ((low - 1e-6 <= action) & (action <= high + 1e-6)).all()
         assert ((action.max(0) > high - 0.01) & (action.min(0) < low + 0.01)).all()
@@ -371,7 +376,7 @@ def test_the_noise_of_exploration_sways_as_told_and_begins_anew_with_an_episode(
     memory, noise = agent.init_memory(num), []
     for step in range(6):
         first = jnp.full(num, step in (0, 5))
-        action, memory = act(actor, memory, obs, first, jax.random.key(step), True)
+        action, memory = act(actor, memory, obs, first, jax.random.key(step), "train")
         noise.append(np.asarray(memory))
     policy = sac.make_learner(cfg, SPEC).policy(actor, obs)
     expected = SPEC.from_unit(policy.from_noise(memory)[0])
@@ -389,7 +394,7 @@ def test_unit_actions_and_native_ones_are_inverses_and_the_replay_keeps_unit_one
     np.testing.assert_allclose(SPEC.to_unit(SPEC.from_unit(unit)), unit, atol=1e-6)
     step = steps()
     kept = OBSERVE(WHOLE, whole(np.ones(4)), step, (), jnp.int32(0)).replay
-    row = ring.make(ring.transition_example(SPEC), 8, 2).get(kept, jnp.arange(2))
+    row = ring.make(Transition.example(SPEC), 8, 2).get(kept, jnp.arange(2))
     expected = (np.asarray(step.action) - [0.0, 2.0]) / [1.0, 1.5]
     np.testing.assert_allclose(row.action, expected, atol=1e-6)
     np.testing.assert_array_equal(row.obs, step.obs)

@@ -7,6 +7,7 @@ Hessel et al. (2018), "Rainbow".
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,9 +17,10 @@ from flax import linen
 
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
-from mbrl_jax.data import prioritised, ring
-from mbrl_jax.data.ring import NStep, Transition
-from mbrl_jax.nn.networks import MLP, polyak, torso
+from mbrl_jax.data import prioritised, ring, windows
+from mbrl_jax.data.ring import Ring
+from mbrl_jax.data.windows import Windows
+from mbrl_jax.nn.networks import MLP, Torso, polyak
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import (
@@ -26,11 +28,17 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
+    NStep,
     PyTree,
     Scalar,
     Schedule,
     Step,
+    Transition,
     config,
+    env_steps,
+    nth_legal,
+    num_rows,
     ranged,
 )
 
@@ -92,11 +100,10 @@ class State(NamedTuple):
     opt: PyTree
     replay: PyTree
     priorities: PyTree  # Priorities; None without prioritised replay
-    step: jax.Array  # int32, environment steps so far
 
 
 class QNetwork(linen.Module):
-    """[B, *obs_shape] -> action values [B, A]."""
+    """Observations [B, ...], one array or a dict, to action values [B, A]."""
 
     spec: EnvSpec
     hidden: tuple[int, ...]
@@ -105,7 +112,7 @@ class QNetwork(linen.Module):
 
     @linen.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
-        x = torso(self.spec)(obs)
+        x = Torso(self.spec)(obs)
         num_actions = self.spec.num_actions
         if not self.duelling:
             return MLP(self.hidden, num_actions, self.activation)(x)
@@ -115,16 +122,34 @@ class QNetwork(linen.Module):
         return value + advantage - jnp.mean(advantage, axis=-1, keepdims=True)
 
 
-def q_target(
-    reward: jax.Array, discount: jax.Array, next_q: jax.Array, next_q_choice: jax.Array
-) -> jax.Array:
-    """r + discount Q(s', argmax_a Q_choice(s', a)), [B].
+def greedy_actions(q: jax.Array, legal: jax.Array | None = None) -> jax.Array:
+    """The legal action of the greatest value in `q` [B, A], the first among equals: [B] int32.
 
-    `next_q` and `next_q_choice` [B, A] are the target and the online network's for double
-    Q-learning (van Hasselt et al. 2016, (4)), the target network's both for plain DQN; `discount`
-    is gamma^n (1 - terminated) for the n rewards in `reward`.
+    `legal` [B, A] bool; None for all. Where none is legal it is action 0.
     """
-    choice = jnp.argmax(next_q_choice, axis=-1, keepdims=True)
+    if legal is not None:
+        q = jnp.where(legal, q, -jnp.inf)
+    return jnp.argmax(q, axis=-1).astype(jnp.int32)
+
+
+def q_target(
+    reward: jax.Array,
+    discount: jax.Array,
+    next_q: jax.Array,
+    next_q_choice: jax.Array,
+    legal: jax.Array | None = None,
+) -> jax.Array:
+    """The target r + discount Q(s', argmax_a Q_choice(s', a)), [B].
+
+    Args:
+      reward: [B], the sum of n discounted rewards.
+      discount: [B], gamma^n (1 - terminated).
+      next_q: [B, A], the target network's.
+      next_q_choice: [B, A], the online network's for double Q-learning (van Hasselt et al. 2016,
+        (4)), the target network's for plain DQN.
+      legal: [B, A] bool, the actions among which the argmax is taken; None for all.
+    """
+    choice = greedy_actions(next_q_choice, legal)[:, None]
     return reward + discount * jnp.take_along_axis(next_q, choice, axis=-1)[:, 0]
 
 
@@ -137,14 +162,171 @@ def q_loss(
     return jnp.mean(weight * each), error
 
 
+def network(cfg: Config, spec: EnvSpec) -> QNetwork:
+    return QNetwork(spec, cfg.hidden, cfg.activation, cfg.duelling)
+
+
+def optimiser(cfg: Config) -> optax.GradientTransformation:
+    return adam(cfg.learning_rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
+
+
+def replay(cfg: Config, spec: EnvSpec) -> Ring:
+    return ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
+
+
+def queue(cfg: Config, spec: EnvSpec) -> Windows:
+    """The priorities of the n-step windows in the replay."""
+    return windows.make(replay(cfg, spec), cfg.n_step)
+
+
+def epsilon(cfg: Config, t: jax.Array) -> Scalar:
+    """The chance of a random action at the batched step `t` ([] int32): [] float32."""
+    steps = env_steps(t, cfg.num_envs)
+    return linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, steps)
+
+
+def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
+    """`Agent.init`."""
+    params = network(cfg, spec).init(key, spec.zero_obs(1))
+    return State(
+        params=params,
+        # a copy, since the state is donated and two of its leaves must not be one buffer
+        target=jax.tree.map(jnp.copy, params),
+        opt=optimiser(cfg).init(params),
+        replay=replay(cfg, spec).init(),
+        priorities=queue(cfg, spec).init() if cfg.prioritised else None,
+    )
+
+
+def act(
+    cfg: Config, spec: EnvSpec, state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode
+):
+    """`Agent.act`: epsilon-greedy in mode "train", greedy in "eval"."""
+    if mode == "random":
+        return spec.random_actions(key, obs), memory, ()
+    legal = spec.legal(obs)
+    action = greedy_actions(network(cfg, spec).apply(state.params, obs), legal)
+    if mode == "train":
+        coin, pick = prng.uniform(key, 2 * num_rows(obs), fused=64).reshape(2, -1)
+        if legal is None:
+            anything = (pick * spec.num_actions).astype(jnp.int32)
+        else:
+            anything = nth_legal(legal, (pick * jnp.sum(legal, axis=-1)).astype(jnp.int32))
+        action = jnp.where(coin < epsilon(cfg, t), anything, action)
+    return action, memory, ()
+
+
+def observe(cfg: Config, spec: EnvSpec, state: State, step: Step, extras, t: jax.Array) -> State:
+    """`Agent.observe`."""
+    rows = replay(cfg, spec).add(state.replay, Transition.of(step), t)
+    state = state._replace(replay=rows)
+    if not cfg.prioritised:
+        return state
+    return state._replace(priorities=queue(cfg, spec).add(state.priorities, t))
+
+
+def gradient_step(
+    cfg: Config, spec: EnvSpec, state: State, batch: NStep, weight: Scalar, number: jax.Array
+) -> tuple[State, jax.Array, Metrics]:
+    """One gradient step, and the move of the target network where it is due.
+
+    Args:
+      cfg: the settings.
+      spec: of the environment.
+      state: before the step; its replay is not read.
+      batch: [B, ...], with `discount` gamma^n (1 - terminated).
+      weight: [B] float32, importance weights of the loss; or one number.
+      number: [] int32, the gradient steps so far, never vmapped.
+
+    Returns:
+      The state, the errors [B] float32, and the metrics `loss` and `q`.
+    """
+    net = network(cfg, spec)
+    next_q = net.apply(state.target, batch.next_obs)
+    choice = net.apply(state.params, batch.next_obs) if cfg.double else next_q
+    legal = spec.legal(batch.next_obs)
+    target = q_target(batch.reward, batch.discount, next_q, choice, legal)
+
+    def loss(params: PyTree):
+        q = net.apply(params, batch.obs)
+        value, error = q_loss(q, batch.action, target, weight, cfg.loss)
+        return value, (error, jnp.mean(q))
+
+    (value, (error, q)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    move, opt = optimiser(cfg).update(grads, state.opt, state.params)
+    params = jax.tree.map(jnp.add, state.params, move)
+    if cfg.target_period == 1:
+        moved = polyak(params, state.target, cfg.tau)
+    else:
+        due = number % cfg.target_period == cfg.target_period - 1
+        moved = jax.lax.cond(
+            due, lambda new, old: polyak(new, old, cfg.tau), lambda new, old: old,
+            params, state.target,
+        )  # fmt: skip
+    state = state._replace(params=params, target=moved, opt=opt)
+    return state, error, {"loss": value, "q": q}
+
+
+def prioritised_step(
+    cfg: Config, spec: EnvSpec, state: State, key: jax.Array, steps: jax.Array, number: jax.Array
+) -> tuple[State, Metrics]:
+    """A gradient step on rows drawn by priority, which then take the priority of their errors.
+
+    Args:
+      cfg, spec, state, number: as in `gradient_step`.
+      key: of the draw.
+      steps: [] float32, environment steps so far.
+    """
+    index, probability = queue(cfg, spec).sample(state.priorities, key, cfg.batch_size)
+    batch = replay(cfg, spec).n_step(state.replay, index, cfg.n_step, cfg.gamma)
+    beta = linear(cfg.importance_exponent, 1.0, cfg.importance_steps, steps)
+    count = jnp.minimum(steps, cfg.buffer_size)
+    weight = prioritised.importance_weights(probability, count, beta)
+    state, error, metrics = gradient_step(cfg, spec, state, batch, weight, number)
+    value = (jnp.abs(error) + _LEAST_PRIORITY) ** cfg.priority_exponent
+    # only open windows are drawn, so there is none to keep closed
+    priorities = queue(cfg, spec).tree.set(state.priorities, index, value)
+    return state._replace(priorities=priorities), metrics
+
+
+def update(
+    cfg: Config, spec: EnvSpec, state: State, key: jax.Array, t: jax.Array, n: jax.Array
+) -> tuple[State, Metrics]:
+    """`Agent.update`: `cfg.updates` gradient steps."""
+    numbers = n * cfg.updates + jnp.arange(cfg.updates, dtype=jnp.int32)
+
+    def uniform(state: State, x):
+        number, batch = x
+        state, _, metrics = gradient_step(cfg, spec, state, batch, 1.0, number)
+        return state, metrics
+
+    def by_priority(state: State, x):
+        number, key = x
+        steps = env_steps(t + 1, cfg.num_envs)
+        return prioritised_step(cfg, spec, state, key, steps, number)
+
+    if cfg.prioritised:
+        keys = prng.split(key, cfg.updates)
+        state, metrics = jax.lax.scan(by_priority, state, (numbers, keys))
+    else:
+        buffer = replay(cfg, spec)
+        index = buffer.sample_index(key, cfg.updates * cfg.batch_size, t + 1, cfg.n_step)
+        index = index.reshape(cfg.updates, cfg.batch_size)
+        batches = buffer.n_step(state.replay, index, cfg.n_step, cfg.gamma)
+        state, metrics = jax.lax.scan(uniform, state, (numbers, batches))
+    return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon(cfg, t + 1)}
+
+
 def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment with discrete actions.
 
     Raises:
-      InputError: continuous actions; a batch or an n-step window larger than the replay; a
-        warm-up that does not fill a window; a replay that does not divide by the environments.
+      InputError: continuous actions; several players; a batch or an n-step window larger than the
+        replay; a warm-up that does not fill a window; a replay that does not divide by the
+        environments.
     """
     cfg = config
+    spec.check_usable("DQN", dicts=True, reserved=("action_mask",))
     if spec.num_actions is None:
         raise InputError(
             f"DQN needs discrete actions; {spec.id} has continuous ones; take sac or ppo"
@@ -159,108 +341,15 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     for name, value in (("buffer_size", cfg.buffer_size), ("warmup_steps", cfg.warmup_steps)):
         if value < window:
             raise InputError(f"{name} = {value}: expected at least n_step * num_envs = {window}")
-    network = QNetwork(spec, cfg.hidden, cfg.activation, cfg.duelling)
-    optimiser = adam(cfg.learning_rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
-    replay = ring.make(ring.transition_example(spec), cfg.buffer_size, cfg.num_envs)
-    queue = prioritised.make(cfg.buffer_size)
-
-    def init(key: jax.Array) -> State:
-        params = network.init(key, jnp.zeros((1, *spec.obs_shape), spec.obs_dtype))
-        return State(
-            params=params,
-            # a copy, since the state is donated and two of its leaves must not be one buffer
-            target=jax.tree.map(jnp.copy, params),
-            opt=optimiser.init(params),
-            replay=replay.init(),
-            priorities=queue.init() if cfg.prioritised else None,
-            step=jnp.int32(0),
-        )
-
-    def act(state: State, memory, obs, is_first, key, explore):
-        q = network.apply(state.params, obs)
-        action = jnp.argmax(q, axis=-1).astype(jnp.int32)
-        if explore:
-            epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
-            coin, pick = prng.uniform(key, 2 * obs.shape[0], fused=64).reshape(2, -1)
-            anything = (pick * spec.num_actions).astype(jnp.int32)
-            action = jnp.where(coin < epsilon, anything, action)
-        return action, memory, ()
-
-    def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        step_count = jnp.asarray((t + 1) * cfg.num_envs, jnp.int32)
-        state = state._replace(
-            replay=replay.add(state.replay, Transition(*step[:6]), t), step=step_count
-        )
-        if not cfg.prioritised:
-            return state
-        # a row may be drawn once its window is whole, and no more once it is overwritten
-        slots, envs = cfg.buffer_size // cfg.num_envs, jnp.arange(cfg.num_envs)
-        whole = (t - cfg.n_step + 1) % slots * cfg.num_envs + envs
-        weight = jnp.where(t >= cfg.n_step - 1, state.priorities.largest, 0.0)
-        weight = jnp.broadcast_to(weight, (cfg.num_envs,))
-        if cfg.n_step > 1:
-            whole = jnp.concatenate([t % slots * cfg.num_envs + envs, whole])
-            weight = jnp.concatenate([jnp.zeros(cfg.num_envs), weight])
-        return state._replace(priorities=queue.set(state.priorities, whole, weight))
-
-    def learn(state: State, batch: NStep, weight: Scalar, number: jax.Array):
-        next_q = network.apply(state.target, batch.next_obs)
-        choice = network.apply(state.params, batch.next_obs) if cfg.double else next_q
-        target = q_target(batch.reward, batch.discount, next_q, choice)
-
-        def loss(params: PyTree):
-            q = network.apply(params, batch.obs)
-            value, error = q_loss(q, batch.action, target, weight, cfg.loss)
-            return value, (error, jnp.mean(q))
-
-        (value, (error, q)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        step, opt = optimiser.update(grads, state.opt, state.params)
-        params = jax.tree.map(jnp.add, state.params, step)
-        if cfg.target_period == 1:
-            target_params = polyak(params, state.target, cfg.tau)
-        else:
-            due = number % cfg.target_period == cfg.target_period - 1
-            target_params = jax.lax.cond(
-                due, lambda new, old: polyak(new, old, cfg.tau), lambda new, old: old,
-                params, state.target,
-            )  # fmt: skip
-        return state._replace(params=params, target=target_params, opt=opt), error, value, q
-
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
-        first = t // cfg.steps_per_update * cfg.updates
-        numbers = first + jnp.arange(cfg.updates, dtype=jnp.int32)
-        step = (t + 1) * cfg.num_envs
-        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, step)
-
-        def uniform(state: State, x):
-            number, batch = x
-            state, _, loss, q = learn(state, batch, 1.0, number)
-            return state, {"loss": loss, "q": q}
-
-        def by_priority(state: State, x):
-            number, key = x
-            index, probability = queue.sample(state.priorities, key, cfg.batch_size)
-            batch = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)
-            beta = linear(cfg.importance_exponent, 1.0, cfg.importance_steps, step)
-            count = jnp.minimum(step, cfg.buffer_size).astype(jnp.float32)
-            weight = prioritised.importance_weights(probability, count, beta)
-            state, error, loss, q = learn(state, batch, weight, number)
-            value = (jnp.abs(error) + _LEAST_PRIORITY) ** cfg.priority_exponent
-            priorities = queue.set(state.priorities, index, value)
-            return state._replace(priorities=priorities), {"loss": loss, "q": q}
-
-        if not cfg.prioritised:
-            index = replay.sample_index(key, cfg.updates * cfg.batch_size, t + 1, cfg.n_step)
-            index = index.reshape(cfg.updates, cfg.batch_size)
-            batches = replay.n_step(state.replay, index, cfg.n_step, cfg.gamma)
-            state, metrics = jax.lax.scan(uniform, state, (numbers, batches))
-        else:
-            keys = prng.split(key, cfg.updates)
-            state, metrics = jax.lax.scan(by_priority, state, (numbers, keys))
-        return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon}
-
-    schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
-    return Agent(init, lambda num_envs: (), act, observe, update, schedule)
+    replay(cfg, spec)  # refuses what does not divide
+    return Agent(
+        init=partial(init, cfg, spec),
+        init_memory=lambda num_envs: (),
+        act=partial(act, cfg, spec),
+        observe=partial(observe, cfg, spec),
+        update=partial(update, cfg, spec),
+        schedule=Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update),
+    )
 
 
 _SMALL = {

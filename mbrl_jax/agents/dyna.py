@@ -24,6 +24,7 @@ from mbrl_jax.types import (
     EnvSpec,
     InputError,
     Metrics,
+    Mode,
     Scalar,
     Schedule,
     Step,
@@ -86,7 +87,6 @@ class State(NamedTuple):
     model: Model
     priority: jax.Array | None  # [S*A] float32, the queue; only with prioritised planning
     seen: Transition  # the newest transition
-    step: jax.Array  # int32, environment steps so far
 
 
 def select_action(
@@ -205,6 +205,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
       InputError: observations that are not integers with a count, continuous actions, or options
         that exclude each other.
     """
+    spec.check_usable("a tabular agent")
     if spec.num_obs is None:
         raise InputError(
             f"a tabular agent needs integer observations with a count; {spec.id} has "
@@ -228,18 +229,20 @@ def make(config: Config, spec: EnvSpec) -> Agent:
             # None and not an empty array, at which XLA of JAX 0.11 fails with several devices
             priority=jnp.zeros(pairs) if cfg.planning == "prioritised" else None,
             seen=Transition(zero, zero, jnp.float32(0), zero, jnp.float32(0)),
-            step=zero,
         )
 
-    def act(state: State, memory, obs, is_first, key, explore):
-        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, state.step)
+    def act(state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode):
+        if mode == "random":
+            return spec.random_actions(key, obs), memory, ()
+        explore = mode == "train"
+        epsilon = linear(cfg.epsilon, cfg.epsilon_final, cfg.epsilon_steps, t)
 
         def one(obs: jax.Array, key: jax.Array) -> jax.Array:
             start = (obs * num_actions,)
             values = jax.lax.dynamic_slice(state.q, start, (num_actions,))
             if cfg.bonus == "recency_action" and explore:
                 last = jax.lax.dynamic_slice(state.model.visits.last, start, (num_actions,))
-                values += cfg.kappa * jnp.sqrt((state.step - last).astype(jnp.float32))
+                values += cfg.kappa * jnp.sqrt((t - last).astype(jnp.float32))
             return select_action(values, epsilon if explore else 0.0, key, cfg.ties)
 
         keys = prng.split(key, obs.shape[0])
@@ -249,14 +252,14 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         # the one environment of the schedule
         obs, action, reward, next_obs, terminated, *_ = jax.tree.map(lambda x: x[0], step)
         seen = Transition(obs, action, reward, next_obs, 1.0 - terminated)
-        state = state._replace(seen=seen, step=jnp.asarray(t + 1, jnp.int32))
+        state = state._replace(seen=seen)
         if not learns_model:
             return state
         return state._replace(model=tabular.observe(state.model, seen, num_actions, t + 1))
 
-    def update(state: State, key: jax.Array, t: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
         q, model, seen, priority = state.q, state.model, state.seen, state.priority
-        alpha = linear(cfg.step_size, cfg.step_size_final, cfg.step_size_steps, state.step)
+        alpha = linear(cfg.step_size, cfg.step_size_final, cfg.step_size_steps, t + 1)
         pair = seen.state * num_actions + seen.action
         tries = model.visits.counts[pair]
         outcome = Outcome(seen.reward, seen.next_state, seen.continues, tries)

@@ -1,5 +1,9 @@
-"""Replay on the device: `ring` of steps, `sequence` of windows, `prioritised` choice of rows."""
+"""Replay on the device.
 
-from mbrl_jax.data import prioritised, ring, sequence
+`ring` holds steps, `sequence` reads them in windows, `prioritised` chooses rows by priority and
+`windows` does so for windows; `online` is a queue of fresh windows.
+"""
 
-__all__ = ["prioritised", "ring", "sequence"]
+from mbrl_jax.data import online, prioritised, ring, sequence, windows
+
+__all__ = ["online", "prioritised", "ring", "sequence", "windows"]

@@ -35,10 +35,10 @@ def make(capacity: int) -> Prioritised:
     Memory: 4 bytes a row and about 1/31 more for the sums, which is `num_bytes`.
 
     Raises:
-      InputError: a capacity below 1.
+      InputError: a capacity below 1 or above 2**30.
     """
-    if capacity < 1:
-        raise InputError(f"capacity = {capacity}: expected at least 1, the rows of the buffer")
+    if not 1 <= capacity <= 2**30:
+        raise InputError(f"capacity = {capacity}: expected 1 to 2**30, the rows of the buffer")
     return Prioritised(capacity)
 
 
@@ -54,7 +54,7 @@ class Prioritised(NamedTuple):
 
     def init(self) -> Priorities:
         """All values are 0: no row is drawn before its value is set. `num_bytes` bytes."""
-        levels = tuple(jnp.zeros((nodes, _FAN_OUT)) for nodes in self._nodes())
+        levels = tuple(jnp.zeros((nodes, _FAN_OUT), jnp.float32) for nodes in self._nodes())
         return Priorities(levels, jnp.float32(1.0))
 
     def set(self, priorities: Priorities, index: jax.Array, value: jax.Array) -> Priorities:

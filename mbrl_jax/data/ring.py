@@ -9,35 +9,15 @@ Write first and then read the new rows: a reader of the old ones makes XLA copy 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
 from mbrl_jax.data.rows import Layout, Rows, write_slice
-from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar
-
-
-class Transition(NamedTuple):
-    """One environment step; [*lead, ...] with any equal leading axes."""
-
-    obs: jax.Array  # [*lead, *obs_shape] obs_dtype
-    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
-    reward: jax.Array  # [*lead] float32
-    next_obs: jax.Array  # [*lead, *obs_shape] obs_dtype, the true successor
-    terminated: jax.Array  # [*lead] bool
-    truncated: jax.Array  # [*lead] bool
-
-
-class NStep(NamedTuple):
-    """m steps as one, where m is n or the steps to the episode's end."""
-
-    obs: jax.Array  # [*lead, *obs_shape]
-    action: jax.Array  # [*lead] int32, or [*lead, action_dim] float32
-    reward: jax.Array  # [*lead] float32, sum over k < m of gamma**k * reward k
-    next_obs: jax.Array  # [*lead, *obs_shape], the true successor of the last step
-    discount: jax.Array  # [*lead] float32, gamma**m, or 0 where the task ended
+from mbrl_jax.types import InputError, NStep, PyTree, Scalar, Transition
 
 
 class Cursor(NamedTuple):
@@ -45,18 +25,6 @@ class Cursor(NamedTuple):
 
     position: jax.Array  # int32, the next row to be written
     size: jax.Array  # int32, how many rows are written
-
-
-def transition_example(spec: EnvSpec) -> Transition:
-    """Shapes and dtypes of one step, the example of a ring of transitions."""
-
-    def struct(shape: tuple[int, ...], dtype: str) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    obs = struct(spec.obs_shape, spec.obs_dtype)
-    action = struct(spec.action_shape, "int32" if spec.discrete else "float32")
-    flag = struct((), "bool")
-    return Transition(obs, action, struct((), "float32"), obs, flag, flag)
 
 
 def empty_cursor() -> Cursor:
@@ -102,6 +70,18 @@ class Ring(NamedTuple):
         """Bytes of the rows."""
         return self.capacity * self.layout.row_bytes
 
+    def check_length(self, name: str, length: int) -> None:
+        """Refuses windows that the ring cannot hold; `name` is what the caller calls the length.
+
+        Raises:
+          InputError: a length below 1 or above `steps`.
+        """
+        if not 1 <= length <= self.steps:
+            raise InputError(
+                f"{name} = {length}: expected 1 to {self.steps}, the batched steps that the "
+                "replay holds; take a larger capacity"
+            )
+
     def init(self) -> Rows:
         """Unwritten rows: one [capacity, width] matrix for each dtype, `num_bytes` bytes."""
         return self.layout.zeros(self.capacity)
@@ -113,7 +93,7 @@ class Ring(NamedTuple):
           InputError: a batch unlike the example or without the leading axis `num_envs`.
         """
         packed = self._packed(batch, self.num_envs)
-        start = (t % self.steps) * self.num_envs
+        start = self.index(t, 0)
         return {name: write_slice(x, packed[name], start) for name, x in rows.items()}
 
     def sample_index(
@@ -130,13 +110,9 @@ class Ring(NamedTuple):
         Raises:
           InputError: a window longer than the ring.
         """
-        if not 1 <= n_step <= self.steps:
-            raise InputError(
-                f"n_step = {n_step}: expected 1 to {self.steps}, the batched steps that the ring "
-                "holds; take a larger capacity"
-            )
+        self.check_length("n_step", n_step)
         kept = jnp.minimum(written, self.steps)
-        oldest = ((written - kept) % self.steps) * self.num_envs
+        oldest = self.index(written - kept, 0)
         count = jnp.maximum(kept - n_step + 1, 1) * self.num_envs
         return self._wrapped(oldest + below(key, num, count))
 
@@ -145,9 +121,40 @@ class Ring(NamedTuple):
 
         One gather of whole rows for each dtype, not checked for bounds.
         """
-        return self.layout.unpack(
-            {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
-        )
+        return self.layout.unpack(self.get_packed(rows, index))
+
+    def get_packed(self, rows: Rows, index: jax.Array) -> Rows:
+        """As `get`, but packed: matrices [*index.shape, width]."""
+        return {name: x.at[index].get(mode="promise_in_bounds") for name, x in rows.items()}
+
+    def index(self, t: Scalar, env: Scalar) -> jax.Array:  # type: ignore[override]
+        """The row of environment `env` at the batched step `t`: int32, as they broadcast."""
+        return jnp.asarray(t % self.steps * self.num_envs + env, jnp.int32)
+
+    def set(self, rows: Rows, index: jax.Array, fields: PyTree) -> Rows:
+        """Writes some leaves of some rows anew and leaves everything else as it is.
+
+        index: the rows, int32 of any shape, in [0, capacity). Where a row is named more than once,
+          the last of its values in row-major order stays, the same for all leaves.
+        fields: the leaves to be written, each [*index.shape, *shape], under the names that they
+          have in the example: {"a": {"b": x}} for `example["a"]["b"]` or `example.a.b`. A
+          NamedTuple of the example's kind with None for all others will do too.
+
+        One scatter for each leaf, and a sort of `index`. It is done in place where the values or
+        `index` follow from all that was read of the same rows (see `Sequence.sample`); otherwise
+        XLA copies the ring.
+
+        Raises:
+          InputError: no leaf, one that the example lacks, or one of another shape or dtype.
+        """
+        return self.layout.set(rows, index, fields)
+
+    def all(self, rows: Rows) -> PyTree:
+        """Every row in the order of the ring: leaves [capacity, ...]; unwritten rows are zeros.
+
+        Slices of the matrices, where `get` of all rows would gather them one by one.
+        """
+        return self.layout.unpack(rows)
 
     def after(self, index: jax.Array, steps: int | jax.Array = 1) -> jax.Array:
         """The rows of the same environments `steps` (0 to `self.steps`) batched steps later."""
@@ -168,8 +175,7 @@ class Ring(NamedTuple):
             step: Transition = self.get(rows, index)
             reward = jnp.where(going, reward + power * step.reward, reward)
             power = jnp.where(going, power * gamma, power)
-            wide = going.reshape(*going.shape, *(1,) * (next_obs.ndim - going.ndim))
-            next_obs = jnp.where(wide, step.next_obs, next_obs)
+            next_obs = jax.tree.map(partial(_where, going), step.next_obs, next_obs)
             terminated = terminated | (going & step.terminated)
             going = going & ~(step.terminated | step.truncated)
         discount = jnp.where(terminated, 0.0, power)
@@ -217,6 +223,10 @@ class Ring(NamedTuple):
     def _wrapped(self, index: jax.Array) -> jax.Array:
         # a division by a constant that need not be a power of two is dearer than a select
         return jnp.where(index < self.capacity, index, index - self.capacity)
+
+
+def _where(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
 def below(key: jax.Array, num: int, count: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from mbrl_jax.types import EnvSpec, PyTree, Step
 class TimeStep(NamedTuple):
     """What one step of one environment gives; `obs` is the successor, before any reset."""
 
-    obs: jax.Array  # [*obs_shape]
+    obs: PyTree  # [*obs_shape], or a dict of arrays
     reward: jax.Array  # [] float32
     terminated: jax.Array  # [] bool
     truncated: jax.Array  # [] bool, False where `terminated`
@@ -42,7 +42,7 @@ class Env:
     cached_resets: int = 0  # start states drawn once per run and reused; 0 draws each afresh
     arguments: tuple[tuple[str, Any], ...] = ()  # what `make_env` was called with, for the record
 
-    def reset(self, key: jax.Array) -> tuple[PyTree, jax.Array]:
+    def reset(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A first state and its observation `[*obs_shape]`."""
         obs, state = self.base.reset_env(key, self.params)
         return _strong(state), self._cast(obs)
@@ -69,20 +69,15 @@ class Env:
         unit = (jnp.clip(action, low, high) - low) / (high - low)
         return native_low + unit * (native_high - native_low)
 
-    def random_action(self, key: jax.Array) -> jax.Array:
-        """A uniformly random action within the bounds of `spec`."""
-        if self.spec.num_actions is not None:
-            return jax.random.randint(key, (), 0, self.spec.num_actions)
-        low, high = jnp.array(self.spec.action_low), jnp.array(self.spec.action_high)
-        return jax.random.uniform(key, low.shape, minval=low, maxval=high)
-
     def carry_over(self, state: PyTree, reset_state: PyTree) -> PyTree:
         """`reset_state` with whatever of `state` survives an episode's end (a run-long clock)."""
         keep = getattr(self.base, "carry_over", None)
         return reset_state if keep is None else _strong(keep(state, reset_state))
 
-    def _cast(self, obs: jax.Array) -> jax.Array:
-        return jnp.asarray(obs, self.spec.obs_dtype)
+    def _cast(self, obs: PyTree) -> PyTree:
+        if not self.spec.obs_parts:
+            return jnp.asarray(obs, self.spec.obs_dtype)
+        return {name: jnp.asarray(obs[name], part.dtype) for name, part in self.spec.obs_parts}
 
 
 jax.tree_util.register_dataclass(
@@ -96,7 +91,7 @@ class BatchState(NamedTuple):
     """N environments side by side."""
 
     env: PyTree  # [N, ...] gymnax states
-    obs: jax.Array  # [N, *obs_shape] what the next action answers
+    obs: PyTree  # [N, *obs_shape] what the next action answers
     is_first: jax.Array  # [N] bool, `obs` opens an episode
     ended: jax.Array | None  # [N] bool, `obs` is final; only with delayed resets
     pool: PyTree  # ([K, ...] states, [K, *obs_shape]) cached resets, or None
@@ -135,7 +130,8 @@ def step_batch(
     )
     fresh_state = jax.vmap(env.carry_over)(state, fresh_state)
     if batch.ended is None:
-        step = Step(batch.obs, action, after.reward, after.obs, *after[2:], batch.is_first)
+        never = jnp.zeros(num_envs, bool)
+        step = Step(batch.obs, action, after.reward, after.obs, *after[2:], batch.is_first, never)
         next_obs = _select(done, fresh_obs, after.obs)
         state = _select(done, fresh_state, state)
         return BatchState(state, next_obs, done, None, batch.pool), step
@@ -149,12 +145,13 @@ def step_batch(
         terminated=after.terminated & ~ended,
         truncated=after.truncated & ~ended,
         is_first=batch.is_first,
+        is_last=ended,
     )
     state = _select(ended, jax.vmap(env.carry_over)(batch.env, fresh_state), state)
     return BatchState(state, next_obs, ended, done & ~ended, batch.pool), step
 
 
-def _fresh(env: Env, pool: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
+def _fresh(env: Env, pool: PyTree, keys: jax.Array) -> tuple[PyTree, PyTree]:
     if pool is None:
         return jax.vmap(env.reset)(keys)
     index = jax.vmap(lambda key: jax.random.randint(key, (), 0, env.cached_resets))(keys)

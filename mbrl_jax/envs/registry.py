@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from mbrl_jax.envs.env import Env
-from mbrl_jax.types import EnvSpec, InputError, unknown
+from mbrl_jax.types import ArraySpec, EnvSpec, InputError, unknown
 
 # builds its data set from a download
 _NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
@@ -89,20 +90,18 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     reward, terminated = KNOWN.get(id, (None, TERMINATIONS.get(id)))
     first, _ = jax.eval_shape(lambda: base.reset_env(jax.random.key(0), params))
     obs_space, action_space = base.observation_space(params), base.action_space(params)
-    num_obs = obs_space.n if isinstance(obs_space, spaces.Discrete) and first.shape == () else None
-    uint8 = first.dtype == np.uint8
-    spec = EnvSpec(
-        id=id,
-        obs_shape=tuple(first.shape),
-        obs_dtype="int32" if num_obs is not None else "uint8" if uint8 else "float32",
-        episode_limit=int(params.max_steps_in_episode),
-        num_obs=None if num_obs is None else int(num_obs),
-    )
+    limit = int(params.max_steps_in_episode)
+    num_players = getattr(base, "num_players", 1)
+    if isinstance(obs_space, spaces.Dict):
+        parts = _parts(id, first, obs_space.spaces, action_space)
+        spec = EnvSpec(id, (), "dict", limit, obs_parts=parts, num_players=num_players)
+    else:
+        part = _array_spec(first, obs_space)
+        spec = EnvSpec(id, part.shape, part.dtype, limit, part.num, num_players=num_players)
     if isinstance(action_space, spaces.Discrete):
         spec = dataclasses.replace(spec, num_actions=int(action_space.n))
-        return Env(
-            base, params, _with_functions(spec, reward, terminated), None, None, cached_resets
-        )
+        spec = _with_functions(spec, reward, terminated)
+        return Env(base, params, spec, cached_resets=cached_resets)
     dim = math.prod(action_space.shape)
     low, high = (
         tuple(np.broadcast_to(np.asarray(bound, float), dim).tolist())
@@ -113,6 +112,44 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     env = Env(base, params, spec, low, high, cached_resets)
     spec = _with_functions(spec, reward, terminated, env.native_action)
     return dataclasses.replace(env, spec=spec)
+
+
+def _array_spec(first: jax.ShapeDtypeStruct, space: Any) -> ArraySpec:
+    from gymnax.environments import spaces
+
+    if isinstance(space, spaces.Discrete) and first.shape == ():
+        return ArraySpec((), "int32", int(space.n))
+    return ArraySpec(tuple(first.shape), "uint8" if first.dtype == np.uint8 else "float32")
+
+
+def _parts(
+    id: str, first: Any, parts: Mapping[str, Any], action_space: Any
+) -> tuple[tuple[str, ArraySpec], ...]:
+    """The arrays of a dict of observations, sorted by name as JAX sorts them."""
+    from gymnax.environments import spaces
+
+    if not isinstance(first, dict) or first.keys() != parts.keys():
+        said = sorted(first) if isinstance(first, dict) else type(first).__name__
+        raise InputError(f"{id}: a reset gives {said}, its observation space has {sorted(parts)}")
+    for name, array in first.items():
+        if not isinstance(array, jax.ShapeDtypeStruct):
+            raise InputError(f"{id}: observation {name!r} is no array; expected a flat dict")
+    named = {name: _array_spec(first[name], parts[name]) for name in sorted(parts)}
+    if "action_mask" in named:
+        shape = named["action_mask"].shape
+        if not isinstance(action_space, spaces.Discrete) or shape != (action_space.n,):
+            raise InputError(
+                f"{id}: action_mask has shape {shape}: expected discrete actions and one entry for "
+                "each"
+            )
+        named["action_mask"] = ArraySpec(shape, "bool")
+    if "to_play" in named:
+        if named["to_play"].shape != ():
+            raise InputError(
+                f"{id}: to_play has shape {named['to_play'].shape}: expected one number"
+            )
+        named["to_play"] = ArraySpec((), "int32", named["to_play"].num)
+    return tuple(named.items())
 
 
 def _with_functions(

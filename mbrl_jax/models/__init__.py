@@ -1,1 +1,34 @@
 """Learned models of the world, usable on plain arrays without any agent or environment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mbrl_jax import lazy
+
+if TYPE_CHECKING:
+    from mbrl_jax.models import (
+        diagnostics,
+        dynamics,
+        ensemble,
+        fit,
+        latent,
+        oracle,
+        rollout,
+        rollout_rules,
+        tabular,
+    )
+
+__all__ = [
+    "diagnostics",
+    "dynamics",
+    "ensemble",
+    "fit",
+    "latent",
+    "oracle",
+    "rollout",
+    "rollout_rules",
+    "tabular",
+]
+
+__getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

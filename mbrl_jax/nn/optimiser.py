@@ -35,24 +35,26 @@ def adam(
     parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
-    return _flattened(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+    return flattened(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 
 
-def _flattened(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on one vector of all parameters, since a small network has more leaves than work.
+def flattened(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The rule `inner` applied to one vector of all parameters: few kernels, however many tensors.
 
-    As `optax.flatten`, but without a concatenation: on a CPU, XLA fuses the sums of the gradient
-    into one and computes them all along the vector, which made SAC 3.4 times slower.
+    A small network has more tensors than work: compiled for an H100, a clipped step of two critics
+    is 31 kernels, 26 of them for the gradient, where tensor by tensor it is 46. `inner` sees no
+    tensors, so it is to treat all elements alike, as moments and decay do, or the whole gradient,
+    as clipping by the global norm does. What looks at each tensor, such as clipping by its own
+    norm, stands before it: `optax.chain(per_tensor, flattened(optax.scale_by_adam()))`.
+
+    Args:
+      inner: a transformation whose `update` takes gradients and parameters as [P] vectors, P the
+        number of all parameters.
+
+    Returns:
+      A transformation of trees. Its state is that of `inner`, vectors [P] in the order of the
+      tree's leaves, on every backend.
     """
-
-    def flat(tree: PyTree) -> jax.Array:
-        leaves = jax.tree.leaves(tree)
-        vector = jnp.zeros((sum(leaf.size for leaf in leaves), 1), jnp.result_type(*leaves))
-        start = 0
-        for leaf in leaves:
-            vector = write_slice(vector, leaf.reshape(-1, 1), start)
-            start += leaf.size
-        return vector[:, 0]
 
     def init(params: PyTree) -> PyTree:
         return inner.init(flat(params))
@@ -63,3 +65,21 @@ def _flattened(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return unflat(moves), state
 
     return optax.GradientTransformation(init, update)
+
+
+def flat(tree: PyTree) -> jax.Array:
+    """All leaves of `tree` as one vector [P], in order, of the dtype that holds them all.
+
+    An accelerator concatenates them, which is one kernel. On a CPU they are written slice by slice:
+    there XLA fuses the sums of a gradient into a concatenation and computes each of them for every
+    element, which made SAC 3.4 times slower.
+    """
+    if jax.default_backend() != "cpu":
+        return ravel_pytree(tree)[0]
+    leaves = jax.tree.leaves(tree)
+    vector = jnp.zeros((sum(leaf.size for leaf in leaves), 1), jnp.result_type(*leaves))
+    start = 0
+    for leaf in leaves:
+        vector = write_slice(vector, leaf.reshape(-1, 1).astype(vector.dtype), start)
+        start += leaf.size
+    return vector[:, 0]

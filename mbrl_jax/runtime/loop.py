@@ -1,8 +1,9 @@
 """The compiled training loop: one pure function, the same whole, in chunks, and under vmap.
 
-A run is a warm-up of random actions and then equal periods. A period is a scan over updates of
-{ a scan over environment steps of { act, step, observe } ; update }, closed by an evaluation.
-`make_train` scans over the periods; `runtime.train` calls them one by one from the host.
+A run is a warm-up of random actions, a prefill by the policy, and then equal periods. A period is a
+scan over updates of { a scan over environment steps of { act, step, observe } ; update }, closed by
+an evaluation. `make_train` scans over the periods; `runtime.train` calls them one by one from the
+host. The life of one step is `env_step`: read it first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,18 @@ from mbrl_jax import prng
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
 from mbrl_jax.envs.env import BatchState, Env, reset_batch, step_batch
 from mbrl_jax.runtime import devices
-from mbrl_jax.types import Agent, EnvSpec, InputError, Metrics, PyTree, Step, check_config
+from mbrl_jax.runtime.plan import Plan, check_counts, make_plan
+from mbrl_jax.types import (
+    Agent,
+    EnvSpec,
+    Metrics,
+    Mode,
+    PyTree,
+    Step,
+    check_config,
+)
 
-_MAX_STEPS = 2**31 - 1  # `t` is int32
+Evaluate = Callable[[Agent, PyTree, jax.Array, jax.Array], Metrics]
 
 
 class RunState(NamedTuple):
@@ -45,30 +55,11 @@ class Episodes(NamedTuple):
     outside: jax.Array  # float32 number of actions outside the bounds, or no action's number
 
 
-class Plan(NamedTuple):
-    """How many of what; plain Python ints."""
-
-    num_envs: int
-    warmup: int  # batched steps of random actions
-    updates: int  # per period
-    steps_per_update: int  # batched steps
-    periods: int
-
-    @property
-    def steps_per_period(self) -> int:
-        """Batched steps."""
-        return self.updates * self.steps_per_update
-
-    def env_steps(self, period: int) -> int:
-        """Environment steps taken when period `period` (from 0) has ended."""
-        return self.num_envs * (self.warmup + (period + 1) * self.steps_per_period)
-
-
 class Program(NamedTuple):
     """A training run as two pure functions."""
 
     plan: Plan
-    init: Callable[[jax.Array, Any], RunState]  # (key, config); the warm-up included
+    init: Callable[[jax.Array, Any], RunState]  # (key, config); warm-up and prefill included
     period: Callable[[RunState, Any, jax.Array], tuple[RunState, Metrics]]
     """(run, config, index) -> (run, metrics); `index` int32, never vmapped."""
 
@@ -80,6 +71,7 @@ def make_train(
     eval_every: int | None = None,
     eval_episodes: int = 10,
     eval_max_steps: int | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Callable[..., tuple[PyTree, Metrics]]:
     """A pure function that trains one agent: `train(key, config=default) -> (state, history)`.
 
@@ -89,14 +81,21 @@ def make_train(
     Args:
       agent: a name in `AGENTS`, or a definition of one's own.
       env: from `make_env`.
-      total_steps: environment steps, the warm-up included; rounded up to whole periods.
-      eval_every: environment steps of a period; a twentieth of `total_steps` by default.
+      total_steps: environment steps, warm-up and prefill included; rounded up until each period is
+        a whole number of updates.
+      eval_every: environment steps of a period at most, rounded up to whole updates; the periods
+        are of equal length. A twentieth of `total_steps` by default.
       eval_episodes: greedy episodes after each period; 0 evaluates nothing.
       eval_max_steps: ends an evaluation episode early; the environment's limit by default.
+      evaluate: an evaluation of one's own after each period, compiled into the program, in place
+        of greedy episodes: `(agent, state, key, t) -> metrics`, where `agent` is the `Agent`,
+        `state` its state, `t` [] int32 the batched steps so far, and the metrics are a dict of
+        scalars, of which `eval_return` is what logs and curves show.
 
     Returns:
-      `train`, whose history maps names to arrays [periods]: `env_steps`; of the evaluation
-      `eval_return` and `eval_length` (means over its episodes); of training `train_return` and
+      `train`, whose history maps names to arrays [periods]: `env_steps` (int32, float32 for a run
+      beyond 2**31); of the evaluation `eval_return` and `eval_length` (means over its episodes), or
+      what `evaluate` gives; of training `train_return` and
       `train_length` (means over the episodes that ended in the period, NaN without one),
       `train_episodes` (their number), `train_reward` (the sum of all rewards), `nonfinite_steps`
       (steps whose reward or observation is NaN or infinite), `actions_outside` (actions beyond
@@ -109,28 +108,30 @@ def make_train(
         of its bounds, a warm-up that leaves no step, or a state that does not fit into memory.
     """
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
-    default = definition.config_for(env.spec.id)
-
-    def program(config: Any) -> Program:
-        return make_program(
-            definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
-        )
-
+    default = definition.config_for(env.spec)
     make_agent(definition, env.spec, default)
-    _check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
+    check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
 
     def train(key: jax.Array, config: Any = default) -> tuple[PyTree, Metrics]:
         check_config(config)
-        plan, init, period = program(config)
+        plan, init, period = make_program(
+            definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps,
+            evaluate,
+        )  # fmt: skip
         devices.check_memory(jax.eval_shape(init, key, config), 1)
+        # XLA would fold the default's numbers into the program, whose bits are then others
+        config = jax.lax.optimization_barrier(
+            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config)
+        )
         run = init(key, config)
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
             return period(run, config, index)
 
         run, history = jax.lax.scan(one, run, jnp.arange(plan.periods, dtype=jnp.int32))
-        env_steps = jnp.asarray([plan.env_steps(i) for i in range(plan.periods)], jnp.int32)
-        return run.agent, {"env_steps": env_steps, **history}
+        taken = [plan.env_steps(i) for i in range(plan.periods)]
+        counted = jnp.int32 if taken[-1] < 2**31 else jnp.float32
+        return run.agent, {"env_steps": jnp.asarray(taken, counted), **history}
 
     return train
 
@@ -143,66 +144,50 @@ def make_program(
     eval_every: int | None = None,
     eval_episodes: int = 10,
     eval_max_steps: int | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Program:
     """The parts of `make_train` for the static fields of `config`; arguments as there."""
-    _check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
+    check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
     schedule = make_agent(definition, env.spec, config).schedule
-    if eval_every is None:
-        eval_every = max(1, total_steps // 20)
-    num_envs, steps_per_update = schedule.num_envs, schedule.steps_per_update
-    warmup = -(-schedule.warmup_steps // num_envs)
-    left = total_steps - warmup * num_envs
-    if left < 1:
-        raise InputError(
-            f"total_steps = {total_steps}: expected more than the {schedule.warmup_steps} steps "
-            f"of {definition.name}'s warm-up"
-        )
-    updates = -(-min(eval_every, left) // (num_envs * steps_per_update))
-    periods = -(-left // (updates * num_envs * steps_per_update))
-    plan = Plan(num_envs, warmup, updates, steps_per_update, periods)
-    if warmup + periods * plan.steps_per_period > _MAX_STEPS:
-        raise InputError(f"total_steps = {total_steps}: at most {_MAX_STEPS} batched steps fit")
-    delayed = schedule.reset == "delayed"
+    plan = make_plan(definition.name, schedule, total_steps, eval_every)
 
     def init(key: jax.Array, config: Any) -> RunState:
         agent = definition.make(config, env.spec)
-        init_key, reset_key, warmup_key, train_key, eval_key = jax.random.split(key, 5)
+        init_key, reset_key, fill_key, train_key, eval_key = jax.random.split(key, 5)
         run = RunState(
             train_key=train_key,
             eval_key=eval_key,
             agent=agent.init(init_key),
-            memory=agent.init_memory(num_envs),
-            batch=reset_batch(env, reset_key, num_envs, delayed),
-            returns=jnp.zeros(num_envs),
-            lengths=jnp.zeros(num_envs, jnp.int32),
+            memory=agent.init_memory(plan.num_envs),
+            batch=reset_batch(env, reset_key, plan.num_envs, schedule.reset == "delayed"),
+            returns=jnp.zeros(plan.num_envs),
+            lengths=jnp.zeros(plan.num_envs, jnp.int32),
         )
-        if warmup == 0:
-            return run
-
-        def one(run: RunState, t: jax.Array) -> tuple[RunState, None]:
-            keys = jax.random.split(jax.random.fold_in(warmup_key, t), 3)
-            return _env_step(agent, env, run, keys[0], keys[1], t, keys[2])[0], None
-
-        return jax.lax.scan(one, run, jnp.arange(warmup, dtype=jnp.int32))[0]
+        run = _fill(agent, env, run, fill_key, 0, plan.warmup, "random")
+        return _fill(agent, env, run, fill_key, plan.warmup, plan.prefill, "train")
 
     def period(run: RunState, config: Any, index: jax.Array) -> tuple[RunState, Metrics]:
         agent = definition.make(config, env.spec)
-        first = warmup + index * plan.steps_per_period
-        run, episodes, metrics = _train_period(agent, env, plan, run, first, index)
-        finished = jnp.where(episodes.finished > 0, episodes.finished, jnp.nan)
+        run, episodes, metrics = _train_period(agent, env, plan, run, index)
+        # the flag would stop at this NaN, which is no fault
+        nothing = 0.0 if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined]
+        finished = jnp.maximum(episodes.finished, 1.0)
         history = {
-            "train_return": episodes.returns / finished,
-            "train_length": episodes.lengths / finished,
+            "train_return": jnp.where(episodes.finished > 0, episodes.returns / finished, nothing),
+            "train_length": jnp.where(episodes.finished > 0, episodes.lengths / finished, nothing),
             "train_episodes": episodes.finished,
             "train_reward": episodes.reward,
             "nonfinite_steps": episodes.nonfinite,
             "actions_outside": episodes.outside,
         }
-        if eval_episodes > 0:
-            key = jax.random.fold_in(run.eval_key, index)
+        key = jax.random.fold_in(run.eval_key, index)
+        t = plan.start + (index + 1) * plan.steps_per_period
+        if evaluate is not None:
+            history = {**evaluate(agent, run.agent, key, t), **history}
+        elif eval_episodes > 0:
             origin = jax.tree.map(lambda x: x[0], run.batch.env)
-            returns, lengths = evaluate(
-                agent, env, run.agent, key, eval_episodes, eval_max_steps, origin
+            returns, lengths = play_episodes(
+                agent, env, run.agent, key, t, eval_episodes, eval_max_steps, origin
             )
             history = {
                 "eval_return": jnp.mean(returns),
@@ -214,77 +199,96 @@ def make_program(
     return Program(plan, init, period)
 
 
-def _check_counts(
-    total_steps: int, eval_every: int | None, eval_episodes: int, eval_max_steps: int | None
-) -> None:
-    for name, value, least in (
-        ("total_steps", total_steps, 1),
-        ("eval_every", 1 if eval_every is None else eval_every, 1),
-        ("eval_episodes", eval_episodes, 0),
-        ("eval_max_steps", 1 if eval_max_steps is None else eval_max_steps, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} = {value!r}: expected a whole number, {least} or more")
-
-
-def _train_period(
-    agent: Agent, env: Env, plan: Plan, run: RunState, first: jax.Array, index: jax.Array
-) -> tuple[RunState, Episodes, Metrics]:
-    """All updates of a period, from batched step `first` on; metrics are means over updates."""
-
-    period_key = jax.random.fold_in(run.train_key, index)
-
-    def one_update(carry, number):
-        run, episodes, sums = carry
-        spu = plan.steps_per_update
-        start = first + number * spu
-        stream = number.astype(jnp.uint32) * (2 * spu + 1)  # two keys for each step, one to update
-
-        def one_step(carry, i):
-            run, episodes = carry
-            counters = stream + 2 * i.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32)
-            act_key, env_key = prng.fold_in(period_key, counters)
-            run, ended = _env_step(agent, env, run, act_key, env_key, start + i)
-            return (run, jax.tree.map(jnp.add, episodes, ended)), None
-
-        (run, episodes), _ = jax.lax.scan(
-            one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32)
-        )
-        update_key = prng.fold_in(period_key, stream[None] + 2 * spu)[0]
-        learner, metrics = agent.update(run.agent, update_key, start + spu - 1)
-        sums = jax.tree.map(jnp.add, sums, metrics)
-        return (run._replace(agent=learner), episodes, sums), None
-
-    shapes = jax.eval_shape(agent.update, run.agent, period_key, first)[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    episodes = Episodes(*(jnp.float32(0),) * len(Episodes._fields))
-    numbers = jnp.arange(plan.updates, dtype=jnp.int32)
-    (run, episodes, sums), _ = jax.lax.scan(one_update, (run, episodes, zeros), numbers)
-    return run, episodes, jax.tree.map(lambda x: x / plan.updates, sums)
-
-
-def _env_step(
+def env_step(
     agent: Agent,
     env: Env,
     run: RunState,
     act_key: jax.Array,
     env_key: jax.Array,
     t: jax.Array,
-    random_key: jax.Array | None = None,
+    mode: Mode,
 ) -> tuple[RunState, Episodes]:
-    """Act, step, observe; with `random_key` the action is uniformly random instead."""
+    """The life of one batched step: act, step, observe; an update comes after some of them.
+
+    `act` answers the observations in `run.batch` and moves the policy's memory. `step_batch` steps
+    every environment and starts the next episode where one has ended; the `Step` that it records
+    holds the true successor, while `run.batch` holds what the next action answers. `observe`
+    records the step in the agent's state, with the extras that `act` gave (log-probabilities,
+    latents, search policies). The agent's `update` is called by `_train_period` after each
+    `steps_per_update` of these.
+
+    Args:
+      agent: built from the config.
+      env: where it acts.
+      run: before the step.
+      act_key, env_key: one for the agent and one for the environments.
+      t: [] int32, the index of the step, the same for all seeds.
+      mode: of `Agent.act`.
+
+    Returns:
+      The run after the step, and the counts of the episodes that ended in it.
+    """
     batch = run.batch
     action, memory, extras = agent.act(
-        run.agent, run.memory, batch.obs, batch.is_first, act_key, True
+        run.agent, run.memory, batch.obs, batch.is_first, act_key, t, mode
     )
-    if random_key is not None:
-        keys = jax.random.split(random_key, batch.is_first.shape[0])
-        action = jax.vmap(env.random_action)(keys)
     batch, step = step_batch(env, env_key, batch, action)
     learner = agent.observe(run.agent, step, extras, t)
     returns, lengths, episodes = _count(env.spec, run, step)
     run = run._replace(agent=learner, memory=memory, batch=batch, returns=returns, lengths=lengths)
     return run, episodes
+
+
+def _fill(
+    agent: Agent, env: Env, run: RunState, key: jax.Array, start: int, steps: int, mode: Mode
+) -> RunState:
+    """`steps` batched steps from step `start` on, without an update."""
+
+    def one(run: RunState, t: jax.Array) -> tuple[RunState, None]:
+        _, env_key, act_key = jax.random.split(jax.random.fold_in(key, t), 3)
+        return env_step(agent, env, run, act_key, env_key, t, mode)[0], None
+
+    if steps == 0:
+        return run
+    return jax.lax.scan(one, run, start + jnp.arange(steps, dtype=jnp.int32))[0]
+
+
+def _train_period(
+    agent: Agent, env: Env, plan: Plan, run: RunState, index: jax.Array
+) -> tuple[RunState, Episodes, Metrics]:
+    """All updates of the period number `index`; metrics are means over updates."""
+    period_key = jax.random.fold_in(run.train_key, index)
+    first_step = plan.start + index * plan.steps_per_period
+    first_update = index * plan.updates
+
+    def one_update(carry, number):
+        run, episodes, sums = carry
+        spu = plan.steps_per_update
+        start = first_step + number * spu
+        stream = number.astype(jnp.uint32) * (2 * spu + 1)  # two keys for each step, one to update
+
+        def one_step(carry, i):
+            run, episodes = carry
+            counters = stream + 2 * i.astype(jnp.uint32) + jnp.arange(2, dtype=jnp.uint32)
+            act_key, env_key = prng.fold_in(period_key, counters)
+            run, ended = env_step(agent, env, run, act_key, env_key, start + i, "train")
+            return (run, jax.tree.map(jnp.add, episodes, ended)), None
+
+        (run, episodes), _ = jax.lax.scan(
+            one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32)
+        )
+        update_key = prng.fold_in(period_key, stream[None] + 2 * spu)[0]
+        n = first_update + number
+        learner, metrics = agent.update(run.agent, update_key, start + spu - 1, n)
+        sums = jax.tree.map(jnp.add, sums, metrics)
+        return (run._replace(agent=learner), episodes, sums), None
+
+    shapes = jax.eval_shape(agent.update, run.agent, period_key, first_step, first_update)[1]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    episodes = Episodes(*(jnp.float32(0),) * len(Episodes._fields))
+    numbers = jnp.arange(plan.updates, dtype=jnp.int32)
+    (run, episodes, sums), _ = jax.lax.scan(one_update, (run, episodes, zeros), numbers)
+    return run, episodes, jax.tree.map(lambda x: x / plan.updates, sums)
 
 
 def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Array, Episodes]:
@@ -294,8 +298,9 @@ def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Arr
     lengths = run.lengths + jnp.where(idle, 0, 1)
     done = step.terminated | step.truncated
     finite = jnp.isfinite(step.reward)
-    if jnp.issubdtype(step.next_obs.dtype, jnp.floating):
-        finite &= jnp.all(jnp.isfinite(step.next_obs.reshape(finite.shape[0], -1)), axis=-1)
+    for part in jax.tree.leaves(step.next_obs):
+        if jnp.issubdtype(part.dtype, jnp.floating):
+            finite &= jnp.all(jnp.isfinite(part.reshape(finite.shape[0], -1)), axis=-1)
     count = spec.num_actions
     low, high = spec.bounds(step.action.ndim) if count is None else (0, count - 1)
     # so written that NaN counts as outside
@@ -312,20 +317,30 @@ def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Arr
     return jnp.where(done, 0.0, returns), jnp.where(done, 0, lengths), ended
 
 
-def evaluate(
+def play_episodes(
     agent: Agent,
     env: Env,
     state: PyTree,
     key: jax.Array,
+    t: jax.Array,
     num_episodes: int,
     max_steps: int | None = None,
     origin: PyTree = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Greedy episodes side by side: -> (returns [num_episodes] float32, lengths int32).
+    """Episodes in mode "eval", side by side: -> (returns [num_episodes] float32, lengths int32).
 
-    Each ends at its termination, the environment's limit or `max_steps`. `origin` is a state of
-    one environment whose run-long clock the episodes take over, so that a world that has changed
-    is evaluated as it is now.
+    Each ends at its termination, the environment's limit or `max_steps`.
+
+    Args:
+      agent: built from the config.
+      env: where it acts.
+      state: the agent's.
+      key: of all draws.
+      t: [] int32, the batched steps of training behind `state`.
+      num_episodes: how many.
+      max_steps: ends an episode early; None leaves it to the environment.
+      origin: a state of one environment whose run-long clock the episodes take over, so that a
+        world that has changed is evaluated as it is now.
     """
     reset_key, act_key, env_key = jax.random.split(key, 3)
     keys = jax.random.split(reset_key, num_episodes)
@@ -342,7 +357,7 @@ def evaluate(
         count, done, env_state, obs, memory, returns, lengths = carry
         is_first = jnp.full(num_episodes, count == 0)
         action, memory, _ = agent.act(
-            state, memory, obs, is_first, jax.random.fold_in(act_key, count), False
+            state, memory, obs, is_first, jax.random.fold_in(act_key, count), t, "eval"
         )
         keys = jax.random.split(jax.random.fold_in(env_key, count), num_episodes)
         env_state, after = jax.vmap(env.step)(keys, env_state, action)
