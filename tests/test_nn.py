@@ -20,7 +20,7 @@ from mbrl_jax.nn import normaliser
 from mbrl_jax.nn.networks import MLP, BatchRenorm, Conv3x3, Torso, polyak
 from mbrl_jax.nn.optimiser import adam, flat, flattened
 from mbrl_jax.nn.schedules import linear
-from mbrl_jax.types import EnvSpec, InputError
+from mbrl_jax.types import ArraySpec, EnvSpec, InputError
 
 LOGITS = np.array([0.3, -1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
 
@@ -241,6 +241,52 @@ def test_torso_takes_every_kind_of_observation():
     assert image.shape == (2, 3 * 4 * 16)
     assert image.min() == 0, "ReLU after the convolution"
     assert image.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "image"),
+    [((2, 5, 3), 0), ((3, 2, 5), 0), ((1, 1, 8), 0), ((10, 10, 4), 1), ((3, 3, 1), 1),
+     ((64, 64, 3), 1), ((3, 4), 0), ((2, 3, 4, 5), 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "bool"])
+def test_only_what_a_convolution_fits_is_an_image(shape, image, dtype):
+    """And brightnesses count from 0 to 1, while tables and flags keep their numbers."""
+    net = Torso(EnvSpec("seen", shape, dtype, 9))
+    obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, *shape)), dtype)
+    params = net.init(jax.random.key(0), obs)
+    got, x = net.apply(params, obs), np.asarray(obs, np.float32)
+    if not image:
+        assert not params
+        np.testing.assert_array_equal(got, x.reshape(2, -1))
+        return
+    x = x / 255 if dtype == "uint8" else x
+    conv = {"params": params["params"]["Conv3x3_0"]}
+    expected = np.maximum(Conv3x3(16).apply(conv, x), 0).reshape(2, -1)
+    assert expected.shape == (2, (shape[0] - 2) * (shape[1] - 2) * 16)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * x.max())
+    if dtype == "uint8":
+        assert 0.1 < np.abs(got).max() < 10
+
+
+def test_a_normalised_image_is_not_divided_again():
+    """PPO normalises observations before its networks see them."""
+    net = Torso(EnvSpec("seen", (5, 5, 1), "uint8", 9))
+    obs = jax.random.normal(jax.random.key(0), (2, 5, 5, 1))
+    params = net.init(jax.random.key(1), obs)
+    conv = {"params": params["params"]["Conv3x3_0"]}
+    expected = jax.nn.relu(Conv3x3(16).apply(conv, obs)).reshape(2, -1)
+    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-6)
+
+
+def test_an_image_in_a_dict_is_an_image():
+    parts = (("flag", ArraySpec((2,), "uint8")), ("view", ArraySpec((4, 4, 1), "uint8")))
+    net = Torso(EnvSpec("seen", (), "dict", 9, obs_parts=parts))
+    obs = {"flag": jnp.uint8([[1, 7]]), "view": jnp.full((1, 4, 4, 1), 255, jnp.uint8)}
+    params = net.init(jax.random.key(0), obs)
+    kernel = params["params"]["Conv3x3_0"]["Dense_0"]["kernel"]
+    expected = np.maximum(kernel.sum(0), 0)[None].repeat(4, 0).reshape(1, -1)
+    expected = np.concatenate([[[1, 7]], expected], axis=1)
+    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_polyak_is_the_moving_average():

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from search_worlds import MACHINES, invalid_of, searcher, world
+from search_worlds import MACHINES, first_in_order, invalid_of, searcher, world
 
 from mbrl_jax import search
-from mbrl_jax.search import halving, policies, walks
+from mbrl_jax.search import backup, puct, schedule
 
 mctx = pytest.importorskip("mctx")
 
 
-def against_mctx(policy, batch, num, worlds, machine=halving.CPU, walkers=2, **options):
+def against_mctx(policy, batch, num, worlds, machine=schedule.CPU, walkers=2, **options):
     """Searches of both libraries in each world, (params, invalid or None)."""
     # mctx promotes ranks and uses keys twice
     lenient = (jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False))
     with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
-        patch.setattr(policies, "TIE_NOISE", 0.0)
-        patch.setattr(halving, "CPU", machine)
-        patch.setattr(walks, "WALKERS", walkers)
+        patch.setattr(puct, "tie_order", first_in_order)
+        patch.setattr(schedule, "CPU", machine)
+        patch.setattr(backup, "WALKERS", walkers)
         ours, theirs = (searcher(lib, policy, batch, num, **options) for lib in (search, mctx))
         found = [ours(*one) for one in worlds]
         # mctx breaks ties of PUCT by a noise at every visit
@@ -71,7 +71,7 @@ def same_node(ours, theirs, i, a, b):
     batch=st.integers(1, 8), num=st.integers(1, 200), actions=st.integers(1, 82),
     considered=st.integers(1, 20), masked=st.booleans(),
     depth=st.sampled_from([None, None, 1, 2, 5]),
-    machine=st.sampled_from([halving.CPU, halving.ACCELERATOR, *MACHINES.values()]),
+    machine=st.sampled_from([schedule.CPU, schedule.ACCELERATOR, *MACHINES.values()]),
     walkers=st.sampled_from([3, 64]),
     worlds=st.lists(
         st.tuples(st.integers(0, 10_000), st.sampled_from([-1.0, 0.0, 0.9, 1.0]),

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"types", "prng"},
     "nn": {"types", "prng", "data", "lazy"},
     "models": {"lazy", "types", "prng", "data", "nn", "search"},
-    "search": set(),
+    "search": {"types"},
     "planning": {"types", "prng", "data", "nn", "models"},
     "envs": {"types", "prng"},
     "agents": {"types", "prng", "data", "nn", "models", "search", "planning"},

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from mbrl_jax.nn.precision import FULL
 from mbrl_jax.types import RESERVED, ArraySpec, EnvSpec, PyTree, Scalar, unknown
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -74,16 +75,17 @@ class MLP(linen.Module):
             if self.batch_renorm:
                 x = BatchRenorm()(x, train)
         if self.out is not None:
-            x = linen.Dense(self.out, kernel_init=init(self.out_scale))(x)
+            x = linen.Dense(self.out, kernel_init=init(self.out_scale), precision=FULL)(x)
         return x
 
 
 class Torso(linen.Module):
     """Observations of any kind as flat float32 features: [B, *obs_shape] -> [B, features].
 
-    Integers with a count become one-hot, images [B, height, width, channels] pass one
-    convolution (3 x 3, 16 filters, ReLU; Young and Tian 2019, MinAtar), all else is flattened. Of a
-    dict the features of all arrays but the reserved ones stand side by side, sorted by name.
+    Integers with a count become one-hot, images (see `is_image`) pass one convolution (3 x 3, 16
+    filters, ReLU; Young and Tian 2019, MinAtar), all else is flattened. An image of uint8 has
+    brightnesses from 0 to 255 and is divided by 255. Of a dict the features of all arrays but the
+    reserved ones stand side by side, sorted by name.
     """
 
     spec: EnvSpec
@@ -98,12 +100,25 @@ class Torso(linen.Module):
         return jnp.concatenate(parts, axis=-1)
 
 
+def is_image(part: ArraySpec) -> bool:
+    """Whether an array of an observation is an image: [height, width, channels].
+
+    It has three axes, the channels last, and height and width of at least 3, which a 3 x 3
+    convolution needs; every other array, such as a table of 3 x 2 x 5 numbers, is none.
+    """
+    return len(part.shape) == 3 and min(part.shape[:2]) >= 3
+
+
 def _features(obs: jax.Array, part: ArraySpec) -> jax.Array:
     """One array of an observation, [B, *shape] -> [B, features]; called within a module."""
     if part.num is not None:
         return jax.nn.one_hot(obs, part.num)
+    # told from the array itself: a normalised image is float32 whatever its spec says
+    brightness = is_image(part) and obs.dtype == jnp.uint8
     obs = jnp.asarray(obs, jnp.float32)
-    if len(part.shape) == 3:
+    if brightness:
+        obs = obs / 255.0
+    if is_image(part):
         obs = jax.nn.relu(Conv3x3(16)(obs))
     return obs.reshape(obs.shape[0], -1)
 
@@ -119,8 +134,8 @@ class GaussianActor(linen.Module):
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         size = self.spec.action_shape[0]
         x = MLP(self.hidden, None, self.activation)(Torso(self.spec)(obs))
-        log_std = jnp.clip(linen.Dense(size, name="log_std")(x), -20.0, 2.0)
-        return linen.Dense(size, name="mean")(x), log_std
+        log_std = linen.Dense(size, name="log_std", precision=FULL)(x)
+        return linen.Dense(size, name="mean", precision=FULL)(x), jnp.clip(log_std, -20.0, 2.0)
 
 
 class ContinuousCritic(linen.Module):
@@ -229,8 +244,8 @@ def _orthogonal(scale: float) -> linen.initializers.Initializer:
             vector = basis[i]
             done = jnp.arange(few) < i
             for _ in range(2):  # once is not orthogonal to rounding
-                along = jnp.where(done, basis @ vector, 0.0)
-                vector = vector - along @ basis
+                along = jnp.where(done, jnp.matmul(basis, vector, precision=FULL), 0.0)
+                vector = vector - jnp.matmul(along, basis, precision=FULL)
             return basis.at[i].set(vector / jnp.linalg.norm(vector))
 
         basis = jax.lax.fori_loop(0, few, one, start)

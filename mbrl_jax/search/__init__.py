@@ -3,19 +3,18 @@
 from mbrl_jax.search.base import (
     ChanceRecurrentFnOutput,
     DecisionRecurrentFnOutput,
+    LoopFn,
     PolicyOutput,
+    QTransform,
     RecurrentFn,
     RecurrentFnOutput,
+    RecurrentState,
     RootFnOutput,
     SearchSummary,
     Tree,
 )
-from mbrl_jax.search.metrics import search_metrics
-from mbrl_jax.search.policies import (
-    GumbelMuZeroExtraData,
-    gumbel_muzero_policy,
-    muzero_policy,
-)
+from mbrl_jax.search.gumbel import GumbelMuZeroExtraData
+from mbrl_jax.search.policies import gumbel_muzero_policy, muzero_policy
 from mbrl_jax.search.qtransforms import (
     qtransform_by_min_max,
     qtransform_by_parent_and_siblings,
@@ -30,15 +29,18 @@ from mbrl_jax.search.sampled import (
     sampled_policy,
 )
 from mbrl_jax.search.stochastic import StochasticRecurrentState, stochastic_muzero_policy
-from mbrl_jax.search.trees import advance
+from mbrl_jax.search.tree import advance, search_metrics
 
 __all__ = [
     "ChanceRecurrentFnOutput",
     "DecisionRecurrentFnOutput",
     "GumbelMuZeroExtraData",
+    "LoopFn",
     "PolicyOutput",
+    "QTransform",
     "RecurrentFn",
     "RecurrentFnOutput",
+    "RecurrentState",
     "RootFnOutput",
     "SampledPolicyOutput",
     "SampledRecurrentFnOutput",
