@@ -99,6 +99,22 @@ def chance_steps_of(params, num_actions):
     return decide, answer
 
 
+def first_actions(tree):
+    """Of the roots' children that were passed through: their action, and the first one of theirs.
+
+    -> arrays [n], and the root of each.
+    """
+    tree = jax.tree.map(np.asarray, tree)
+    found = []
+    for i, parents in enumerate(tree.parents):
+        for child in np.flatnonzero(parents == 0):
+            below = np.flatnonzero(parents == child)
+            if len(below):
+                own, first = tree.action_from_parent[i, [child, below.min()]]
+                found.append((own, first, i))
+    return np.array(found).T
+
+
 def invalid_of(seed, batch, num_actions):
     mask = np.random.default_rng(seed).random((batch, num_actions)) < 0.5
     mask[:, 0] &= ~mask.all(axis=1)

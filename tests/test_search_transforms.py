@@ -244,7 +244,7 @@ def from_parts(tree, index):
 
 
 @pytest.mark.parametrize("policy", ["gumbel_muzero_policy", "muzero_policy"])
-@pytest.mark.parametrize("machine", ["batches", "alone"])
+@pytest.mark.parametrize("machine", ["batches", pytest.param("alone", marks=pytest.mark.slow)])
 def test_transforms_may_read_rewards_discounts_and_values(policy, machine, monkeypatch):
     if machine == "alone" and policy == "muzero_policy":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

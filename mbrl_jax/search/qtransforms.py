@@ -100,7 +100,7 @@ def qtransform_completed_by_mix_value(
         low = jnp.min(completed, axis=0, keepdims=True)
         high = jnp.max(completed, axis=0, keepdims=True)
         completed = (completed - low) / jnp.maximum(high - low, epsilon)
-    most = jnp.max(visits, axis=0, keepdims=True)
+    most = jnp.max(visits, axis=0, keepdims=True).astype(jnp.float32)
     return (maxvisit_init + most) * value_scale * completed
 
 
