@@ -90,8 +90,10 @@ def rows_of(env: Any, n: int, seeds: list[int], devices: int, args: Any) -> list
     }
     rows = []
     for name, (count, cores, _, _) in sides.items():
-        row = {"n": n, "loop": name.split(" ")[0] if name not in peers else name, "seeds": count,
-               "cores": cores, "env_steps_per_s": 1 / statistics.median(per_step[name])}  # fmt: skip
+        row: dict[str, Any] = {
+            "n": n, "loop": name if name in peers else "mbrl_jax", "seeds": count, "cores": cores,
+            "env_steps_per_s": 1 / statistics.median(per_step[name]),
+        }  # fmt: skip
         if name not in peers:
             row["against"] = {peer: ratios(per_step[name], per_step[peer]) for peer in peers}
         rows.append(row)

@@ -65,7 +65,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
     """Everything that is measured, each array with the leading axis of the seeds."""
     from mbrl_jax import make_env
     from mbrl_jax.envs.env import reset_batch, step_batch
-    from mbrl_jax.models import diagnostics, dynamics, ensemble, fit, rollout
+    from mbrl_jax.models import diagnostics, dynamics, ensemble, fit, rollout, rollout_rules
     from mbrl_jax.models.oracle import oracle
 
     env = make_env(env_id)
@@ -156,7 +156,7 @@ def measure(env_id: str, seeds: int, steps: int, quick: bool) -> dict[str, jax.A
 
         first = model.predict(params, obs, actions[0], first_key).disagreement
         cut = rollout.Rules(threshold=jnp.percentile(first, 95.0))
-        sure = rollout.Rules(keep=lambda depth: rollout.m2ac_share(depth, longest))
+        sure = rollout.Rules(keep=lambda depth: rollout_rules.m2ac_share(depth, longest))
         plain, total = kept(longest, rollout.NO_RULES)
         found = {"none": (plain, total), "short rollouts (5)": kept(5, rollout.NO_RULES)}
         found |= {"disagreement (M2AC)": kept(longest, sure), "truncation": kept(longest, cut)}

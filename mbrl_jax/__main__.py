@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import io
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from mbrl_jax.runtime.console import guarded, parse, tell
 from mbrl_jax.types import InputError, unknown
 
 _USAGE = """usage: mbrl-jax COMMAND ...
@@ -45,7 +45,11 @@ class TrainOptions:
     seeds: Annotated[int, _arg("independent runs, all at once")] = 1
     seed: Annotated[int, _arg("of the key that the runs' keys are split from")] = 0
     eval_every: Annotated[
-        int | None, _arg("environment steps between evaluations; a twentieth of the total if None")
+        int | None,
+        _arg(
+            "environment steps between evaluations; if None a twentieth of the total, and with "
+            "--resume that of the run"
+        ),
     ] = None
     eval_episodes: Annotated[int, _arg("greedy episodes of an evaluation")] = 10
     eval_max_steps: Annotated[
@@ -58,7 +62,22 @@ class TrainOptions:
             "agents with networks"
         ),
     ] = "auto"
-    resume: Annotated[bool, _arg("go on from the newest checkpoint in --out")] = False
+    checkpoint_every: Annotated[
+        int | None,
+        _arg(
+            "environment steps between checkpoints, rounded up to whole evaluations; if None a "
+            "state of up to 64 MiB (all seeds) is saved at every evaluation, a larger one so "
+            "rarely that an evaluation writes 64 MiB on average, but four times a run at least"
+        ),
+    ] = None
+    keep_checkpoints: Annotated[int, _arg("how many of the newest checkpoints stay")] = 3
+    resume: Annotated[
+        bool,
+        _arg(
+            "go on from the newest checkpoint in --out, also to a larger --total-steps with the "
+            "same evaluation periods; --checkpoint-every and --keep-checkpoints may change"
+        ),
+    ] = False
     cpu_devices: Annotated[
         int | None, _arg("spread the seeds over this many CPU devices; the cores if None")
     ] = None
@@ -85,8 +104,16 @@ class CompareOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; -> 0, 2 for bad input, 3 for divergence, 128 + n for signal n."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command line.
+
+    Returns:
+      0; 2 for bad input or where the output cannot be written; 3 for divergence; 128 + n for
+      signal n, that of a closed pipe (`| head -1`) among them.
+    """
+    return guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(args: list[str]) -> int:
     commands = {"train": _train, "evaluate": _evaluate, "compare": _compare, "list": _list}
     try:
         if not args or args[0] in ("-h", "--help"):
@@ -96,12 +123,13 @@ def main(argv: list[str] | None = None) -> int:
             raise unknown("command", args[0], commands)
         return commands[args[0]](args[1:])
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        resume = "; --resume goes on from the newest checkpoint" if args[0] == "train" else ""
+        tell(f"interrupted{resume}")
         return 130
     except (InputError, ValueError) as error:
         if not isinstance(error, InputError) and not _from_analysis(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
 
 
@@ -129,7 +157,7 @@ def _train(args: list[str]) -> int:
         bases=(TrainOptions,),
         kw_only=True,
     )
-    options = _parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
+    options = parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
     _check_processes(options)
     _start_backend(options.cpu_devices, options.seeds // (options.num_processes or 1))
     if options.coordinator is not None:
@@ -139,8 +167,10 @@ def _train(args: list[str]) -> int:
 
 def _train_with(definition: Any, options: Any) -> int:
     from mbrl_jax.envs import make_env
+    from mbrl_jax.runtime.logs import user_path
     from mbrl_jax.runtime.train import Diverged, Stopped, train
 
+    out = user_path(options.out)
     config = options.agent
     overrides = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     env = make_env(options.env, **_env_args(options.env_args))
@@ -150,23 +180,25 @@ def _train_with(definition: Any, options: Any) -> int:
             env,
             options.total_steps,
             options.seeds,
-            options.out,
+            out,
             seed=options.seed,
             eval_every=options.eval_every,
             eval_episodes=options.eval_episodes,
             eval_max_steps=options.eval_max_steps,
             seed_mode=options.seed_mode,
+            checkpoint_every=options.checkpoint_every,
+            keep_checkpoints=options.keep_checkpoints,
             resume=options.resume,
             progress=True,
             **overrides,
         )
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        tell(stopped)
         return 128 + stopped.signum
     except Diverged as diverged:
-        print(f"error: {diverged}", file=sys.stderr)
+        tell(f"error: {diverged}")
         return 3
-    _report(options.out, result.history)
+    _report(out, result.history)
     return 0
 
 
@@ -182,12 +214,12 @@ def _report(out: Path, history: dict[str, Any]) -> None:
 
 
 def _evaluate(args: list[str]) -> int:
-    options = _parse(EvaluateOptions, args, "mbrl-jax evaluate")
+    options = parse(EvaluateOptions, args, "mbrl-jax evaluate")
     _start_backend(None, 1)
-    from rich.console import Console
     from rich.table import Table
 
     from mbrl_jax.analysis import stats
+    from mbrl_jax.runtime.console import Output
     from mbrl_jax.runtime.evaluate import evaluate_run
 
     run, env_steps, returns, lengths = evaluate_run(options.run, options.episodes, options.seed)
@@ -196,35 +228,36 @@ def _evaluate(args: list[str]) -> int:
     for seed, (row, length) in enumerate(zip(returns, lengths, strict=True)):
         cells = (row.mean(), row.min(), row.max(), length.mean())
         table.add_row(str(seed), *(f"{cell:.3f}" for cell in cells))
-    Console().print(table)
+    Output().print(table)
     point, low, high = stats.bootstrap_interval(returns.mean(axis=1))
     print(f"IQM over seeds {point:.3f}, 95% interval {low:.3f} to {high:.3f}")
     return 0
 
 
 def _compare(args: list[str]) -> int:
-    options = _parse(CompareOptions, args, "mbrl-jax compare")
-    from rich.console import Console
+    options = parse(CompareOptions, args, "mbrl-jax compare")
     from rich.table import Table
 
     from mbrl_jax.analysis import plots, runs, stats
-    from mbrl_jax.runtime.logs import read_config
+    from mbrl_jax.runtime.console import Output
+    from mbrl_jax.runtime.logs import read_config, user_path
 
     if not options.runs:
         raise InputError("compare: expected run folders; give at least one")
-    configs = [read_config(folder) for folder in options.runs]
+    folders, out = [user_path(folder) for folder in options.runs], user_path(options.out)
+    configs = [read_config(folder) for folder in folders]
     worlds = [(config["env"], config["env_args"]) for config in configs]
-    for folder, world in zip(options.runs, worlds, strict=True):
+    for folder, world in zip(folders, worlds, strict=True):
         if world != worlds[0]:
             raise InputError(
-                f"compare: {folder} ran on {world}, {options.runs[0]} on {worlds[0]}; "
+                f"compare: {folder} ran on {world}, {folders[0]} on {worlds[0]}; "
                 "expected runs on one environment"
             )
-    labels = [folder.name or str(folder) for folder in options.runs]
+    labels = [folder.name or str(folder) for folder in folders]
     if len(set(labels)) < len(labels):
-        labels = [str(folder) for folder in options.runs]
-    tables = [runs.read_run(folder) for folder in options.runs]
-    for folder, table in zip(options.runs, tables, strict=True):
+        labels = [str(folder) for folder in folders]
+    tables = [runs.read_run(folder) for folder in folders]
+    for folder, table in zip(folders, tables, strict=True):
         if options.metric not in table or options.metric in ("seed", "env_steps"):
             raise unknown(f"metric of {folder}:", options.metric, list(table)[2:])
     final = [table[options.metric][:, -1] for table in tables]
@@ -244,16 +277,16 @@ def _compare(args: list[str]) -> int:
             f"{low:.3f} to {high:.3f}", better,
         )  # fmt: skip
     # a pipe gets the whole table, not one cut at 80 columns
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    Output(width=None if sys.stdout.isatty() else 160).print(shown)
     curves = {
         label: (table["env_steps"], table[options.metric])
         for label, table in zip(labels, tables, strict=True)
     }
     ylabel = options.metric.replace("_", " ")
     try:
-        paths = plots.learning_curves(curves, options.out, title=worlds[0][0], ylabel=ylabel)
+        paths = plots.learning_curves(curves, out, title=worlds[0][0], ylabel=ylabel)
     except OSError as error:
-        raise InputError(f"--out {options.out}: cannot be written: {error.strerror}") from error
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
     print(f"plot: {', '.join(map(str, paths))}")
     return 0
 
@@ -275,26 +308,6 @@ def _list(args: list[str]) -> int:
             print(f"{name:28}{obs:16}{actions:14}limit {spec.episode_limit}")
         return 0
     raise InputError(f"list {' '.join(args)!r}: expected `list agents` or `list envs`")
-
-
-def _parse(kind: Any, args: list[str], prog: str) -> Any:
-    """tyro's parser, its boxed complaint folded into one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=args, prog=prog)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(said.getvalue(), prog)) from None
-
-
-def _one_line(box: str, prog: str) -> str:
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    near = re.findall(r"^(--[\w.-]+)", "\n".join(lines[rule:]), flags=re.MULTILINE)
-    hint = f"; did you mean {' or '.join(near[:3])}?" if "Perhaps" in box and near else ""
-    return f"{' '.join(lines[:rule])}{hint} (see {prog} --help)"
 
 
 def _peek(args: list[str], name: str) -> str | None:
@@ -329,9 +342,21 @@ def _start_backend(cpu_devices: int | None, seeds: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # a program that calls main may have started it
         jax.config.update("jax_num_cpu_devices", cpu_devices or max(1, min(cores or 1, seeds)))
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mbrl_jax"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (cache := _cache_folder()):
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _cache_folder() -> Path | None:
+    """Where compiled programs stay for the next process; None where nothing can be written."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # https://specifications.freedesktop.org/basedir-spec: relative paths are ignored
+        folder = (given if given.is_absolute() else Path.home() / ".cache") / "mbrl_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    writable = folder.is_absolute() and os.access(folder, os.W_OK | os.X_OK)
+    return folder if writable else None
 
 
 def _check_processes(options: Any) -> None:

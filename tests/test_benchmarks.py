@@ -1,17 +1,31 @@
-"""The benchmarks run, and the textbook loop that they compare with learns."""
+"""The benchmarks run, and the loops that they compare with learn as ours do."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from mbrl_jax import AGENTS, envs, make_env
+from mbrl_jax import AGENTS, envs, make_env, make_train
+from mbrl_jax.models import tabular
 from mbrl_jax.runtime.train import make_job
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of benchmarks/; its `common` is another than that of experiments/."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    other = sys.modules.pop("common", None)
+    yield importlib.import_module
+    sys.modules.pop("common", None)
+    if other is not None:
+        sys.modules["common"] = other
 
 
 @pytest.mark.slow
@@ -21,19 +35,143 @@ def test_bench_dyna_writes_a_row_for_every_cell(tmp_path):
     done = subprocess.run(script + options, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench_dyna.json").read_text())["rows"]
-    assert [(row["n"], row["seeds"]) for row in rows] == [
-        (n, seeds) for n in (0, 5, 50) for seeds in (1, 1, 4)
+    peers = ["numpy rows", "Python lists"]
+    if importlib.util.find_spec("numba"):
+        peers += ["numba, one core", "numba, all cores"]
+    ours = ["mbrl_jax", "mbrl_jax"]
+    assert [(row["n"], row["loop"]) for row in rows] == [
+        (n, loop) for n in (0, 5, 50) for loop in peers + ours
     ]
     assert all(row["env_steps_per_s"] > 0 for row in rows)
+    for row in rows:
+        assert list(row.get("against", {})) == (peers if row["loop"] == "mbrl_jax" else [])
 
 
-def test_the_textbook_loop_learns_the_lake(lake, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_dyna
+LOOPS = ["numpy_rows", "python_lists", "array_loop", "numba_loop"]
 
-    q = bench_dyna.textbook(bench_dyna.tables(lake), 20, 6000, seed=1)
-    exact = envs.value_iteration(envs.tabular(lake), bench_dyna.GAMMA)[1]
-    np.testing.assert_allclose(q[0].max(), exact[0].max(), atol=0.02)
+
+def loop_of(benchmark, name):
+    """A loop of peer_dyna.py; what numba compiles also as plain Python."""
+    if name == "numba_loop":
+        pytest.importorskip("numba")
+    peer_dyna = benchmark("peer_dyna")
+    if name == "array_loop":
+        return lambda world, *rest: peer_dyna.Learnt(*peer_dyna.array_loop(*world, *rest))
+    return getattr(peer_dyna, name)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loops_of_others_learn_the_lake(lake, benchmark, name):
+    peer_dyna = benchmark("peer_dyna")
+    learnt = loop_of(benchmark, name)(peer_dyna.tabulate(lake), 20, 6000, 1)
+    exact = envs.value_iteration(envs.tabular(lake), peer_dyna.GAMMA)[1]
+    np.testing.assert_allclose(learnt.q[0].max(), exact[0].max(), atol=0.02)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("n", [0, 3])
+def test_the_loops_of_others_update_as_the_book_does(benchmark, name, n):
+    """Worlds where nothing is left to chance, against the reference of the tabular models."""
+    peer_dyna = benchmark("peer_dyna")
+    # without planning a chain that ends, of one action; with it the one pair that there is
+    chain = (np.array([[1], [2], [0]]), np.array([[1.0], [-0.5], [2.0]]), np.array([[0], [0], [1]]))
+    alone = (np.array([[0]]), np.array([[1.5]]), np.array([[0]]))
+    successor, reward, ends = alone if n else chain
+    world = peer_dyna.World(successor, reward, ends.astype(bool), 0)
+    steps = 130  # beyond the limit of an episode
+    learnt = loop_of(benchmark, name)(world, n, steps, 0)
+
+    @jax.jit
+    def target(q, *outcome):
+        return tabular.bootstrapped(tabular.Outcome(*outcome, 1.0), q, 1, peer_dyna.GAMMA)
+
+    q, state, length, lengths, returns = np.zeros(len(reward)), 0, 0, [], [0.0]
+    for _ in range(steps):
+        after, end = int(successor[state, 0]), bool(ends[state, 0])
+        for _ in range(1 + n):
+            outcome = np.float32(reward[state, 0]), np.int32(after), np.float32(1 - end)
+            goal = float(target(np.float32(q), *outcome))
+            q[state] += peer_dyna.ALPHA * (goal - q[state])
+        length, returns[-1] = length + 1, returns[-1] + reward[state, 0]
+        state = after
+        if end or length == peer_dyna.LIMIT:
+            lengths.append(length)
+            returns.append(0.0)
+            state = length = 0
+    np.testing.assert_allclose(learnt.q[:, 0], q, rtol=2e-5)
+    assert (learnt.episodes, learnt.steps) == (len(lengths), sum(lengths))
+    assert learnt.returns == pytest.approx(sum(returns[:-1]))
+
+
+@pytest.mark.parametrize("name", LOOPS[:2] + LOOPS[3:])
+def test_the_loops_of_others_behave_as_ours(lake, benchmark, name):
+    """Steps and returns of an episode, means over seeds, within their standard errors."""
+    peer_dyna, loop = benchmark("peer_dyna"), loop_of(benchmark, name)
+    steps, n, seeds = 1_000, 5, 24
+    fields = {"step_size": peer_dyna.ALPHA, "gamma": peer_dyna.GAMMA, "planning_steps": n}
+    config = AGENTS["dyna_q"].config_for("", epsilon=peer_dyna.EPSILON, **fields)
+    train = make_train("dyna_q", lake, steps, steps, eval_episodes=0)
+    keys = jax.random.split(jax.random.key(0), 96)
+    history = jax.jit(jax.vmap(lambda key: train(key, config)[1]))(keys)
+    world = peer_dyna.tabulate(lake)
+    learnt = [loop(world, n, steps, seed) for seed in range(seeds)]
+    theirs = {
+        "train_episodes": [one.episodes for one in learnt],
+        "train_length": [one.steps / one.episodes for one in learnt],
+        "train_return": [one.returns / one.episodes for one in learnt],
+    }
+    for measure, values in theirs.items():
+        own = np.asarray(history[measure]).ravel()
+        error = np.hypot(own.std() / len(own) ** 0.5, np.std(values) / seeds**0.5)
+        assert abs(own.mean() - np.mean(values)) < 4 * error, measure
+
+
+def test_numba_shares_seeds_out_among_threads(lake, benchmark):
+    pytest.importorskip("numba")
+    peer_dyna = benchmark("peer_dyna")
+    world = peer_dyna.tabulate(lake)
+    alone = [peer_dyna.numba_loop(world, 5, 300, seed) for seed in range(5)]
+    for one, other in zip(alone, peer_dyna.numba_threads(world, 5, 300, 5, 3), strict=True):
+        np.testing.assert_array_equal(one.q, other.q)
+        assert one[1:] == other[1:]
+
+
+def test_sides_are_measured_in_turn(benchmark, tmp_path):
+    common, calls = benchmark("common"), []
+
+    def side(name, times):
+        return lambda: calls.append(name) or times[calls.count(name) - 1]
+
+    own, peer = side("ours", [1.0, 2.0, 4.0]), side("theirs", [3.0, 2.0, 4.0])
+    row = common.against(own, peer, 3, scale=2.0)
+    assert calls == ["ours", "theirs"] * 3
+    assert row["peer_seconds"] == [6.0, 4.0, 8.0]
+    # the median of the pairs' ratios, not the ratio of the medians
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"]) == (2.0, 2.0, 6.0)
+    assert common.ratio_text(row, ".1f") == "2.0 (2.0 to 6.0)"
+    calls.clear()
+    alone = common.against(own, None, 2)
+    assert alone == {"seconds": [1.0, 2.0]}
+    assert common.ratio_text(alone) == "-"
+    assert common.markdown(["a", "b"], [[1, "x"]]) == "| a | b |\n|---|---|\n| 1 | x |"
+
+    args = common.options("What it is.\n\nMore.", "quick").parse_args(["--out", str(tmp_path)])
+    assert (args.repeats, args.quick) == (5, False)
+    assert not hasattr(args, "no_peers")
+    record = common.Record(args, "bench", devices=2)
+    record.add(alone)
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert (stored["rows"], stored["devices"], stored["repeats"]) == ([alone], 2, 5)
+    assert {"versions", "device", "date", "command", "load_average"} <= stored["made"].keys()
+
+
+def test_every_benchmark_takes_its_options_from_one_place(benchmark):
+    common = (BENCHMARKS / "common.py").read_text()
+    for path in sorted(BENCHMARKS.glob("bench_*.py")):
+        text = path.read_text()
+        for word in ("argparse.ArgumentParser(", "json.dumps", "describe_machine", '"--repeats"'):
+            assert word in common
+            assert word not in text, path.name
 
 
 def run_bench_model_free(out, *options):
@@ -56,15 +194,15 @@ def test_bench_model_free_writes_a_row_for_every_agent(tmp_path):
     not (BENCHMARKS / ".venv-rejax").exists(), reason="bench_model_free.py has not made it here"
 )
 def test_rejax_makes_as_many_steps_and_updates(tmp_path):
-    (row,) = run_bench_model_free(tmp_path, "--agents", "dqn", "--seeds", "1")
-    assert (row["peer"]["env_steps"], row["peer"]["updates"]) == (1002, 2)
-    assert row["ratio"] > 0
+    rows = run_bench_model_free(tmp_path, "--agents", "dqn", "--seeds", "1")
+    assert [row["draw"] for row in rows] == ["own", "uniform"]
+    for row in rows:
+        assert (row["peer"]["env_steps"], row["peer"]["updates"]) == (1002, 2)
+        assert row["ratio"] > 0
 
 
-def test_the_cells_of_bench_model_free_are_runs_of_ours(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import peer_cells
-
+def test_the_cells_of_bench_model_free_are_runs_of_ours(benchmark):
+    peer_cells = benchmark("peer_cells")
     for cell in peer_cells.CELLS:
         steps, env = cell.total_steps(16, quick=False), make_env(cell.env)
         fields = cell.fields(steps)
@@ -152,10 +290,8 @@ peer_process.serve(load)
 """
 
 
-def test_a_peer_answers_and_tells_why_it_ended(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import peer_process
-
+def test_a_peer_answers_and_tells_why_it_ended(tmp_path, benchmark):
+    peer_process = benchmark("peer_process")
     script = tmp_path / "worker.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\n{WORKER}")
     peer = peer_process.Peer(sys.executable, script, number=4)

@@ -126,7 +126,8 @@ def test_propagated_moments_equal_the_closed_form(propagation):
     def roll(key):
         def step(obs, t):
             action, now = jnp.zeros((rows, 1)), jax.random.fold_in(key, t)
-            return many.sample(params, obs, action, now, propagation, "none", rows).next_obs, None
+            model = many.model(propagation, particles=rows)
+            return model.predict(params, obs, action, now).next_obs, None
 
         start = jnp.broadcast_to(jnp.float32(START)[None], (rows, 2))
         return jax.lax.scan(step, start, jnp.arange(STEPS))[0]
@@ -208,6 +209,58 @@ def test_disagreement_comes_with_the_prediction_only_where_it_is_asked_for():
     assert not got.terminated.any()
 
 
+@pytest.mark.parametrize("propagation", ["ts1", "expectation", "moment_matching"])
+def test_known_functions_judge_the_clipped_prediction(propagation):
+    """What is stored is what was judged; an infinity is left as it is, and ends a rollout."""
+    spec = EnvSpec(
+        "toy", (2,), "float32", 100, action_low=(-1.0,), action_high=(1.0,),
+        reward_fn=lambda obs, action, next_obs: 10.0 * next_obs[..., 0],
+        termination_fn=lambda obs, action, next_obs: next_obs[..., 0] > 4.0,
+    )  # fmt: skip
+    cfg = Config(hidden=(), weight_decay=(0.0,), reward="known", termination="known")
+    many = ensemble.make(cfg, spec, 2, 2)
+    params = many.init(jax.random.key(0))
+    scaling = params.scaling._replace(
+        obs_low=jnp.array([-1.0, 0.0]), obs_high=jnp.array([1.0, 0.5])
+    )
+    bias = jnp.stack([jnp.array([2.0, 0.0, -60.0, -60.0])] * 2)  # s' = s + (2, 0)
+    net = {"params": {"Dense_0": {"kernel": jnp.zeros((2, 3, 4)), "bias": bias}}}
+    params = params._replace(net=net, scaling=scaling, bounds=Bounds(*jnp.full((2, 2), -60.0)))
+    obs = jnp.array([[-9.0, 0.2], [0.5, 9.0], [1.5, 0.0], [2.5, 0.0]])
+    got = many.model(propagation, particles=4, clip_margin=1.0).predict(
+        params, obs, jnp.zeros((4, 1)), jax.random.key(1)
+    )
+    if propagation != "moment_matching":  # which mixes the four
+        np.testing.assert_allclose(got.next_obs[:, 0], [-3.0, 2.5, 3.0, 3.0], rtol=1e-4)
+        np.testing.assert_allclose(got.next_obs[:, 1], [0.2, 1.0, 0.0, 0.0], atol=1e-4)
+        free = many.model(propagation).predict(params, obs, jnp.zeros((4, 1)), jax.random.key(1))
+        assert free.terminated.tolist() == [False, False, False, True]
+        assert not got.terminated.any()
+    assert (got.next_obs >= jnp.array([[-3.0, -0.5]])).all()
+    assert (got.next_obs <= jnp.array([[3.0, 1.0]])).all()
+    np.testing.assert_allclose(got.reward, 10.0 * got.next_obs[:, 0], rtol=1e-6)
+    np.testing.assert_array_equal(got.terminated, got.next_obs[:, 0] > 4.0)
+    if propagation == "ts1":
+        params = params._replace(scaling=scaling._replace(y_mean=jnp.array([jnp.inf, 0.0])))
+        got = many.model("ts1", clip_margin=1.0).predict(
+            params, obs, jnp.zeros((4, 1)), jax.random.key(1)
+        )
+        assert np.isinf(got.next_obs[:, 0]).all()
+
+
+def test_an_untrained_ensemble_clips_nothing():
+    many, params = linear((0.0, 1.0), (1e-2,) * 2)
+    obs = jnp.array([[1e6, -1e6]])
+    for margin in (0.0, 1.0):
+        low, high = dynamics.obs_limits(params.scaling, margin)
+        assert (low == -jnp.inf).all()
+        assert (high == jnp.inf).all()
+        got = many.model("expectation", clip_margin=margin).predict(
+            params, obs, jnp.zeros((1, 1)), jax.random.key(0)
+        )
+        assert np.abs(got.next_obs).min() > 1e5
+
+
 def test_elites_are_the_best_on_the_holdout():
     error = jnp.array([0.3, jnp.nan, 0.1, jnp.inf, 0.2])
     assert ensemble.elites(error, 3).tolist() == [2, 4, 0]
@@ -223,4 +276,17 @@ def test_bad_ensembles_are_refused():
     many, params = linear((0.0, 1.0), (1e-2,) * 2)
     with pytest.raises(InputError, match="unknown propagation 'ts2'; did you mean 'ts1'"):
         many.sample(params, jnp.ones((1, 2)), jnp.ones((1, 1)), jax.random.key(0), "ts2")
+    with pytest.raises(InputError, match="unknown propagation 'ts2'; did you mean 'ts1'"):
+        many.model("ts2")
+    with pytest.raises(InputError, match="unknown score 'stdd'; did you mean 'std'"):
+        many.model("ts1", "stdd")
+    with pytest.raises(InputError, match="particles = 1: expected 2 or more for moment matching"):
+        many.model("moment_matching")
+    with pytest.raises(InputError, match="particles = 1: expected 2 or more for moment matching"):
+        many.sample(
+            params, jnp.ones((1, 2)), jnp.ones((1, 1)), jax.random.key(0), "moment_matching"
+        )
+    model = many.model("moment_matching", particles=3)
+    with pytest.raises(InputError, match="particles = 3: expected a divisor of the 4 rows"):
+        model.predict(params, jnp.ones((4, 2)), jnp.ones((4, 1)), jax.random.key(0))
     assert isinstance(many.dynamics, dynamics.Dynamics)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 from scipy import stats
 
 from mbrl_jax.models import dynamics, ensemble, fit
@@ -159,6 +160,111 @@ def test_a_growing_buffer_traces_once_and_seeds_under_vmap_are_seeds_alone():
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),
             many_seeds, alone,
         )  # fmt: skip
+
+
+def inner(eqn):
+    """The jaxprs within an equation."""
+    parts = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+    return [getattr(part, "jaxpr", part) for part in parts if hasattr(part, "eqns")]
+
+
+def equations(jaxpr):
+    """Of a jaxpr and of what it calls, loops apart."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        if eqn.primitive.name not in ("while", "scan"):
+            for part in inner(eqn):
+                yield from equations(part)
+
+
+def loops(jaxpr):
+    """Every loop of a jaxpr, also within others, and its body."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("while", "scan"):
+            yield eqn, eqn.params["body_jaxpr" if name == "while" else "jaxpr"].jaxpr
+        for part in inner(eqn):
+            yield from loops(part)
+
+
+def selected_in_gradient_steps(jaxpr, net):
+    """(loops of gradient steps on `net` [S, E, ...], shapes of the parameters that they select).
+
+    Gradient steps take Adam's square root of as many numbers as there are parameters. A loop whose
+    condition differs by seed is lowered to one that selects all that it carries.
+    """
+    leaves = jax.tree.leaves(net)
+    seeds, size = leaves[0].shape[0], sum(leaf.size for leaf in leaves)
+    shapes, count, found = {leaf.shape for leaf in leaves}, 0, []
+    for loop, body in loops(jaxpr):
+        eqns = list(equations(body))
+        roots = [e.outvars[0].aval.size for e in eqns if e.primitive.name == "sqrt"]
+        if not any(size <= root < size + seeds * 100 for root in roots):
+            continue
+        count += 1
+        chosen = [e.outvars[0].aval for e in eqns if e.primitive.name == "select_n"]
+        if loop.primitive.name == "while" and loop.params["cond_jaxpr"].out_avals[0].shape:
+            chosen += [var.aval for var in loop.outvars]
+        found += [x.shape for x in chosen if x.shape in shapes or x.size >= size]
+    return count, found
+
+
+@pytest.mark.parametrize("mode", ["early_stopping", "fixed_steps"])
+def test_a_gradient_step_of_vmapped_seeds_selects_no_parameters(mode):
+    """Also where each seed leaves out another number of rows that are not finite."""
+    net = Config(hidden=(13, 11), weight_decay=(1e-5,), termination="never")
+    many = ensemble.make(net, SPEC, 3, 2)
+    config = fit.Config(mode=mode, batch_size=7, max_epochs=3, steps=12, eval_every=5)
+    data = toy(0, 50, 80)
+    bad = jnp.arange(4)[:, None] * 5 > jnp.arange(80)[None]
+    reward = jnp.where(bad, jnp.nan, data.reward[None])  # 0, 5, 10 and 15 rows
+
+    def run(reward, key, size):
+        params = many.init(key)
+        return many.fit(
+            params, many.init_opt(params), config, data._replace(reward=reward), size,
+            jax.random.fold_in(key, 1),
+        )  # fmt: skip
+
+    keys, size = jax.random.split(jax.random.key(0), 4), jnp.int32(50)
+    seeds = jax.vmap(run, (0, 0, None))
+    nets = jax.eval_shape(jax.vmap(many.init), keys).net
+    jaxpr = jax.make_jaxpr(seeds)(reward, keys, size).jaxpr
+    assert selected_in_gradient_steps(jaxpr, nets) == (1, [])
+    with jax.debug_key_reuse(False):
+        got = quick(seeds)(reward, keys, size)
+    assert got[2].dropped.tolist() == [0, 5, 10, 15]
+    one = quick(run)
+    for i in range(4):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),
+            got, one(reward[i], keys[i], size),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("num", "held"), [(300, 60), (80, 16), (2_000, 400)])
+def test_the_holdout_is_evaluated_in_blocks_up_to_what_is_held(num, held, monkeypatch):
+    """300 rows hold out 60: one block for each member and round, not the 5,000 rows at most."""
+    monkeypatch.setattr(fit, "HOLDOUT_ROWS", 50)
+    seen, apply = [], dynamics.Dynamics.apply
+
+    def counted(self, net, bounds, x):
+        if x.shape[0] != 7:  # the rows of a gradient step
+            jax.debug.callback(lambda x: seen.append(x.shape[-2]), x)
+        return apply(self, net, bounds, x)
+
+    monkeypatch.setattr(dynamics.Dynamics, "apply", counted)
+    many = ensemble.make(SMALL, SPEC, 2, 1)
+    config = fit.Config(mode="fixed_steps", steps=2, eval_every=1, batch_size=7)
+    data = toy(0, num, 10_000)
+    _, _, curves = train(many, config, data, num)
+    jax.effects_barrier()
+    assert curves.rounds == 2
+    assert sum(seen) == 2 * 50 * -(-held // 50)
+    # the error that the blocks add up to is that of all held rows at once
+    monkeypatch.setattr(fit, "HOLDOUT_ROWS", 10_000)
+    whole = train(many, config, data, num)[2]
+    np.testing.assert_allclose(curves.holdout, whole.holdout, rtol=1e-5)
 
 
 def test_bounds_of_the_variance_are_trained_within_their_range_or_frozen():

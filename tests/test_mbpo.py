@@ -1,5 +1,8 @@
 """MBPO: lengths, batches, rounds of rollouts and their truncation."""
 
+import contextlib
+import dataclasses
+import json
 import warnings
 
 import jax
@@ -9,11 +12,12 @@ import pytest
 from helpers import SMALL
 from probes import quick
 from scipy import stats
+from test_fit import selected_in_gradient_steps
 from test_pets import batch
 
 from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.agents import make_agent, mbpo
-from mbrl_jax.models import rollout
+from mbrl_jax.models import dynamics
 from mbrl_jax.types import EnvSpec, Transition
 
 PENDULUM = make_env("Pendulum-v1").spec
@@ -43,7 +47,8 @@ def trained(spec=PENDULUM, trainings=1, **fields):
     for i in range(trainings):
         t = FIRST + PERIOD * i
         some = jax.tree.map(lambda *x: jnp.stack(x), *rows[done : t + 1])
-        state, _ = update(observed(state, some, done), jax.random.key(i), jnp.int32(t))
+        n = jnp.int32(PERIOD * i)
+        state, _ = update(observed(state, some, done), jax.random.key(i), jnp.int32(t), n)
         states.append(state)
         done = t + 1
     return states, agent
@@ -52,25 +57,6 @@ def trained(spec=PENDULUM, trainings=1, **fields):
 def unpacked(state, spec=PENDULUM):
     layout = mbpo.ring.make(mbpo.Transition.example(spec), 1).layout
     return Transition(*map(np.asarray, layout.unpack(state.imagined.rows)))
-
-
-def test_the_scheduled_length_is_that_of_the_paper():
-    """Its code: k0 + (k1 - k0) (epoch - e0) / (e1 - e0), cut to its ends and rounded down."""
-    length, growth = (1, 15), (20_000, 150_000)
-    for steps in (1, 19_999, 20_000, 29_285, 29_286, 90_000, 149_999, 150_000, 900_000):
-        share = min(max((steps - growth[0]) / (growth[1] - growth[0]), 0), 1)
-        expected = int(np.floor(1 + share * 14))
-        assert rollout.scheduled_length(length, growth, jnp.int32(steps)) == expected
-    assert rollout.scheduled_length((3, 3), (5, 5), jnp.int32(7)) == 3
-
-
-def test_the_measured_length_ends_before_the_first_large_error():
-    errors = jnp.array([0.1, 0.15, 0.3, 0.1])
-    assert rollout.length_of_small_error(errors, 0.2, 1) == 2
-    assert rollout.length_of_small_error(errors, 0.05, 1) == 1
-    assert rollout.length_of_small_error(errors, 1.0, 1) == 4
-    assert rollout.length_of_small_error(jnp.array([jnp.inf, 0.0]), 1.0, 1) == 1
-    assert rollout.length_of_small_error(jnp.array([jnp.nan, 0.0]), 1.0, 1) == 1
 
 
 def test_imagined_rows_are_drawn_uniformly_over_all_rounds():
@@ -96,9 +82,6 @@ def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes():
     states, _ = trained(trainings=4)
     num = 2 * PERIOD  # rollouts of a round
     capacity = 2 * num
-    lengths = [float(state.report["rollout_limit"]) for state in states]
-    # 17, 25, 33, 41 steps; from 1 at 20 to 2 at 60
-    assert lengths == [1, 1, 1, 1]
     assert [state.imagined.counts.tolist() for state in states] == [
         [num, 0], [num, num], [num, num], [num, num],
     ]  # fmt: skip
@@ -108,7 +91,7 @@ def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes():
     assert (np.abs(starts[:, None] - real[None]).max(-1).min(1) < 1e-6).all()
     assert not first.obs[num:].any()
     assert not first.terminated.any()
-    low, high = map(np.asarray, rollout.obs_limits(states[0].params.scaling, 1.0))
+    low, high = map(np.asarray, dynamics.obs_limits(states[0].params.scaling, 1.0))
     inside = (first.next_obs[:num] >= low - 1e-5) & (first.next_obs[:num] <= high + 1e-5)
     assert inside.all()
     for i, slot in ((1, 1), (2, 0), (3, 1)):  # which round was replaced
@@ -118,10 +101,72 @@ def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes():
             assert np.array_equal(before[rows], after[rows]) == (j != slot)
 
 
+def test_the_length_of_rollouts_grows_with_the_steps_after_the_warm_up():
+    """Janner et al. count epochs from the end of the random steps."""
+    states, _ = trained(trainings=4, rollout_length=(1, 3), rollout_growth=(10, 20))
+    # 0, 8, 16 and 24 steps after the warm-up
+    lengths = [float(state.report["rollout_limit"]) for state in states]
+    assert lengths == [1, 1, 1 + (16 - 10) * 2 // 10, 3]
+    cfg = config(num_envs=4, rollout_growth=(1_000, 10**9))
+    for n, steps in ((0, 0), (7, 28), (10**8, 4 * 10**8), (2**31 - 1, 10**9 + 4)):
+        assert mbpo.scheduled_steps(cfg, jnp.int32(n)) == steps, "without overflow"
+
+
+def test_what_is_stored_is_what_the_known_functions_say_of_it():
+    """Predictions of a model that has seen little leave the range of its data and are clipped."""
+    spec = EnvSpec(
+        "line", (2,), "float32", 99, action_low=(-1.0,), action_high=(1.0,),
+        reward_fn=lambda obs, action, next_obs: next_obs[..., 0] - next_obs[..., 1],
+        termination_fn=lambda obs, action, next_obs: jnp.abs(next_obs[..., 0]) > 1.05,
+    )  # fmt: skip
+    known = {"hidden": (8,), "weight_decay": (0.0,), "reward": "known", "termination": "known"}
+    (state,), _ = trained(spec, rollout_length=(5, 5), clip_margin=0.1, model=known)
+    rows = unpacked(state, spec)
+    rows = jax.tree.map(lambda x: x[: int(state.imagined.counts[0])], rows)
+    low, high = map(np.asarray, dynamics.obs_limits(state.params.scaling, 0.1))
+    clipped = (np.isclose(rows.next_obs, low) | np.isclose(rows.next_obs, high)).any(axis=1)
+    assert clipped.sum() > 5
+    reward = rows.next_obs[:, 0] - rows.next_obs[:, 1]
+    np.testing.assert_allclose(rows.reward, reward, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rows.terminated, np.abs(rows.next_obs[:, 0]) > 1.05)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_batch_is_made_of_stored_rows_in_units_of_the_learner(ratio):
+    (state,), _ = trained(real_ratio=ratio)
+    cfg, t = config(real_ratio=ratio), jnp.int32(FIRST)
+    got = mbpo.batches(cfg, PENDULUM, state, jax.random.key(3), t)
+    assert got.obs.shape == (cfg.updates, cfg.batch_size, 3)
+    assert np.abs(got.action).max() <= 1.0
+    num_real = int(cfg.batch_size * ratio)
+    real = np.concatenate([batch(PENDULUM, 1, t).obs for t in range(FIRST + 1)])
+    imagined = unpacked(state)
+    imagined = jax.tree.map(lambda x: x[: int(state.imagined.counts[0])], imagined)
+    for rows in got.next_obs[:, num_real:]:
+        found = np.abs(np.asarray(rows)[:, None] - imagined.next_obs[None]).max(-1) < 1e-6
+        assert found.any(axis=1).all()
+    for rows in got.obs[:, :num_real]:
+        found = np.abs(np.asarray(rows)[:, None] - real[None]).max(-1) < 1e-6
+        assert found.any(axis=1).all()
+    assert (got.discount == np.float32(cfg.sac.gamma)).all(), "Pendulum has no end"
+
+
+def test_training_of_four_vmapped_seeds_selects_no_parameters():
+    cfg = config(model={"hidden": (13, 11), "weight_decay": (1e-5,)}, training={"batch_size": 7})
+    agent = make_agent("mbpo", PENDULUM, cfg)
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.eval_shape(jax.vmap(agent.init), keys)
+    update = jax.vmap(agent.update, (0, 0, None, None))
+    jaxpr = jax.make_jaxpr(update)(states, keys, jnp.int32(FIRST), jnp.int32(0)).jaxpr
+    assert selected_in_gradient_steps(jaxpr, states.params.net) == (1, [])
+
+
 def test_between_trainings_the_model_stays_and_the_policy_learns():
     (state,), agent = trained()
     state = agent.observe(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
-    after, metrics = quick(agent.update)(state, jax.random.key(1), jnp.int32(FIRST + 1))
+    after, metrics = quick(agent.update)(
+        state, jax.random.key(1), jnp.int32(FIRST + 1), jnp.int32(1)
+    )
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, after.imagined, state.imagined)
     assert metrics["holdout_error"] == state.report["holdout_error"]
@@ -141,8 +186,8 @@ def test_macura_and_m2ac_keep_what_their_papers_keep():
                                 macura_factor=1.0, rollout_length=(4, 4))  # fmt: skip
     # at the first depth the median cuts half of the rollouts
     assert 0 < state.imagined.counts[0] <= 4 * PERIOD
-    assert (state.history.added, later.history.added) == (1, 2)
-    assert state.history.values[0] > 0
+    assert (state.memory.added, later.memory.added) == (1, 2)
+    assert state.memory.values[0] > 0
     (state,), _ = trained(truncation="m2ac", rollout_length=(4, 4))
     shares = [(4 - i) / (2 * (4 + 1)) for i in range(4)]
     assert state.imagined.counts[0] == sum(np.ceil(share * 2 * PERIOD) for share in shares)
@@ -166,6 +211,21 @@ def test_an_unknown_termination_is_learned_and_said():
         make_agent("mbpo", spec, config(model={**SMALL["mbpo"]["model"], "termination": "never"}))
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_folder_records_the_termination_that_was_used(known, tmp_path):
+    env = make_env("ContinuousCartPole-v0")
+    if not known:
+        env = dataclasses.replace(env, spec=dataclasses.replace(env.spec, termination_fn=None))
+    said = contextlib.nullcontext()
+    if not known:
+        said = pytest.warns(UserWarning, match="has no known termination function; MBPO learns it")
+    with said:
+        train("mbpo", env, 20, out=tmp_path / "run", eval_episodes=1, eval_max_steps=3,
+              **SMALL["mbpo"])  # fmt: skip
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["config"]
+    assert recorded["model"]["termination"] == ("known" if known else "learned")
+
+
 def test_what_mbpo_cannot_do_is_refused():
     discrete = make_env("CartPole-v1").spec
     cases = [
@@ -176,7 +236,7 @@ def test_what_mbpo_cannot_do_is_refused():
         (PENDULUM, {"real_ratio": 1.5}, r"real_ratio = 1.5: expected a value in \[0, 1\]"),
         (PENDULUM, {"warmup_steps": 4}, "warmup_steps = 4: too few for a holdout of 0.2"),
         (PENDULUM, {"num_elites": 3}, "num_elites = 3: expected 1 to num_members = 2"),
-        (PENDULUM, {"length_by": "error", "rollout_length": (1, 9)}, "at most model_period = 8"),
+        (PENDULUM, {"length_by": "error", "rollout_length": (1, 9)}, "at most 8, the steps"),
         (
             PENDULUM,
             {

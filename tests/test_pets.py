@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import SMALL
 from probes import quick
+from test_fit import selected_in_gradient_steps
 
 from mbrl_jax import AGENTS, InputError, make_env, planning
 from mbrl_jax.agents import make_agent, pets
@@ -75,11 +76,39 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
 
     def by_hand(obs, key):
         value = planning.model_value(models.model("tsinf"), state.params, obs, cfg.particles)
-        return plan(value, key, start).action
+        again = pets.plan_action(cfg, spec, state.params, obs, start, jax.random.clone(key))
+        return plan(value, key, start).action + 0 * again.action
 
     expected = quick(jax.vmap(by_hand))(obs, jax.random.split(jax.random.key(5), 2))
     np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
     assert action.shape == (2, *spec.action_shape)
+
+
+def test_random_steps_of_vmapped_seeds_plan_nothing():
+    """No product with the model's weights, and the plan starts anew after them."""
+    agent = make_agent("pets", PENDULUM, config())
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.eval_shape(jax.vmap(agent.init), keys)
+    obs, first = jnp.zeros((4, 2, 3)), jnp.zeros((4, 2), bool)
+    memory = jax.vmap(lambda key: agent.init_memory(2))(keys)
+
+    def act(mode):
+        one = lambda *args: agent.act(*args, jnp.int32(5), mode)  # noqa: E731
+        return jax.make_jaxpr(jax.vmap(one))(states, memory, obs, first, keys)
+
+    assert "dot_general" not in str(act("random"))
+    assert "cond" not in str(act("random"))
+    assert "dot_general" in str(act("train"))
+
+
+def test_training_of_four_vmapped_seeds_selects_no_parameters():
+    cfg = config(model={"hidden": (13, 11), "weight_decay": (1e-5,)}, training={"batch_size": 7})
+    agent = make_agent("pets", PENDULUM, cfg)
+    keys = jax.random.split(jax.random.key(0), 4)
+    states = jax.eval_shape(jax.vmap(agent.init), keys)
+    update = jax.vmap(agent.update, (0, 0, None, None))
+    jaxpr = jax.make_jaxpr(update)(states, keys, jnp.int32(31), jnp.int32(0)).jaxpr
+    assert selected_in_gradient_steps(jaxpr, states.params.net) == (1, [])
 
 
 def test_the_model_learns_only_from_what_was_observed():
@@ -96,8 +125,6 @@ def test_the_model_learns_only_from_what_was_observed():
         assert (np.asarray(part.obs_high) <= seen.max(0) + 1e-6).all()
         spread = np.asarray(part.x_std)[: seen.shape[1]]
         np.testing.assert_allclose(spread, seen.std(0), rtol=0.5)
-    assert not np.asarray(make_agent("pets", PENDULUM, config()).init(jax.random.key(0)).trained)
-    assert np.asarray(states[0].trained)
 
 
 def test_what_pets_cannot_do_is_refused():

@@ -5,7 +5,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planner_reference as reference
 import pytest
+from probes import quick
 
 from mbrl_jax import make_env, planning
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
@@ -25,7 +27,7 @@ def quadratic(actions, key, goal=GOAL):
 
 def start(name):
     if name == "icem":
-        return planning.start_icem(HORIZON, LOW, HIGH, kept_elites(30, 0.3))
+        return planning.start_icem(HORIZON, LOW, HIGH, kept_elites(30))
     if name == "mppi":
         return planning.start_mppi(HORIZON, LOW, HIGH)
     return planning.start_cem(HORIZON, LOW, HIGH)
@@ -127,6 +129,129 @@ def test_plans_are_warm_and_batched_and_a_new_episode_remembers_nothing(name):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[3], b, rtol=1e-4, atol=1e-4), warm, alone
     )
+
+
+def uneven(actions):
+    """A smooth worth without symmetry; nan in a corner, and infinite in another."""
+    h = np.arange(len(actions))[:, None]
+    value = np.sum(np.cos(2.0 * actions + h) - 0.3 * (actions - 0.2 * h) ** 2)
+    if actions[0, 0] > 0.8:
+        return np.nan
+    return np.inf if actions[-1, 1] < -1.8 else value
+
+
+def uneven_value(actions, key):
+    h = jnp.arange(actions.shape[1])[None, :, None]
+    value = jnp.sum(jnp.cos(2.0 * actions + h) - 0.3 * (actions - 0.2 * h) ** 2, axis=(1, 2))
+    value = jnp.where(actions[:, -1, 1] < -1.8, jnp.inf, value)
+    return jnp.where(actions[:, 0, 0] > 0.8, jnp.nan, value)
+
+
+BOUNDS = (np.float64(LOW), np.float64(HIGH))
+close = partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_random_shooting_equals_the_slow_one(horizon):
+    plan = quick(lambda key: planning.random_shooting(uneven_value, key, horizon, LOW, HIGH, 50))
+    for seed in range(4):
+        key = jax.random.key(seed)
+        got = plan(key)
+        sequence, value = reference.random_shooting(uneven, key, horizon, *BOUNDS, 50)
+        close(got.sequence, sequence)
+        close(got.value, value)
+
+
+@pytest.mark.parametrize("take_best", [False, True])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_cem_equals_the_slow_one_step_after_step(iterations, take_best):
+    settings = (40, 6, iterations, 0.2, take_best)
+    planner = quick(lambda key, plan: planning.cem(uneven_value, key, plan, LOW, HIGH, *settings))
+    for seed in range(3):
+        got, slow = planning.start_cem(5, LOW, HIGH), np.zeros((5, 2)) + sum(BOUNDS) / 2
+        for t in range(3):
+            key = jax.random.key(10 * seed + t)
+            out = planner(key, got)
+            got, (slow, sequence, value) = (
+                out.plan,
+                reference.cem(uneven, key, slow, *BOUNDS, *settings),
+            )
+            close(got, slow)
+            close(out.sequence, sequence)
+            close(out.action, sequence[0])
+            close(out.value, value)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "iterations", "num_kept", "beta"),
+    [(5, 3, 2, 2.0), (4, 1, 3, 1.0), (1, 2, 6, 0.0), (4, 2, 0, 2.0)],
+)
+def test_icem_equals_the_slow_one_step_after_step(horizon, iterations, num_kept, beta):
+    settings = (30, 6, iterations, 0.1, 1.5, beta)
+    planner = quick(lambda key, plan: planning.icem(uneven_value, key, plan, LOW, HIGH, *settings))
+    for seed in range(3):
+        got = planning.start_icem(horizon, LOW, HIGH, num_kept)
+        mean, elites = np.zeros((horizon, 2)) + sum(BOUNDS) / 2, None
+        for t in range(4):
+            key = jax.random.key(10 * seed + t)
+            out = planner(key, got)
+            got = out.plan
+            mean, elites, sequence, value = reference.icem(
+                uneven, key, (mean, elites, num_kept), *BOUNDS, *settings
+            )
+            close(got.mean, mean)
+            close(got.elites, elites)
+            close(out.sequence, sequence)
+            close(out.action, sequence[0])
+            close(out.value, value)
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+@pytest.mark.parametrize("beta", [0.4, 1.0])
+def test_mppi_equals_the_slow_one_step_after_step(horizon, beta):
+    settings = (40, 2, 0.7, 1.5, beta)
+    planner = quick(lambda key, plan: planning.mppi(uneven_value, key, plan, LOW, HIGH, *settings))
+    for seed in range(3):
+        got = planning.start_mppi(horizon, LOW, HIGH)
+        mean = np.zeros((horizon, 2)) + sum(BOUNDS) / 2
+        before = mean[0]
+        for t in range(4):
+            key = jax.random.key(10 * seed + t)
+            out = planner(key, got)
+            got = out.plan
+            mean, value = reference.mppi(uneven, key, (mean, before), *BOUNDS, *settings)
+            before = mean[0]
+            close(got.mean, mean)
+            close(got.last, before)
+            close(out.sequence, mean)
+            close(out.value, value)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_the_categorical_planner_equals_the_slow_one_step_after_step(floor):
+    table = np.random.default_rng(0).normal(size=(5, 4))
+
+    def worth(actions):
+        total = sum(table[h, a] for h, a in enumerate(actions)) - 2.0 * (actions[1] == actions[3])
+        return np.nan if actions[0] == 2 else total
+
+    def value(actions, key):
+        total = jnp.sum(jnp.asarray(table, jnp.float32)[jnp.arange(5)[None], actions], axis=-1)
+        total -= 2.0 * (actions[:, 1] == actions[:, 3])
+        return jnp.where(actions[:, 0] == 2, jnp.nan, total)
+
+    settings = (30, 5, 3, 0.25, floor)
+    planner = quick(lambda key, plan: planning.categorical_cem(value, key, plan, *settings))
+    for seed in range(3):
+        got, slow = planning.start_categorical_cem(5, 4), np.full((5, 4), 0.25)
+        for t in range(3):
+            key = jax.random.key(10 * seed + t)
+            out = planner(key, got)
+            got = out.plan
+            slow, sequence, best = reference.categorical_cem(worth, key, slow, *settings)
+            close(got, slow)
+            assert out.sequence.tolist() == sequence.tolist()
+            close(out.value, best)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])

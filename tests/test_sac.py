@@ -14,7 +14,7 @@ from probes import assert_near, first_gradient, quick, randomly, slopes, zeros
 from scipy import stats
 
 from mbrl_jax import AGENTS, make_agent, make_env, make_train
-from mbrl_jax.agents import sac
+from mbrl_jax.agents import sac, sac_learner
 from mbrl_jax.data import ring
 from mbrl_jax.types import EnvSpec, InputError, NStep, Step, Transition
 
@@ -203,15 +203,15 @@ def test_losses_equal_the_formulas():
     reward, log_prob, q = rng.normal(size=(3, 7))
     next_q, values = rng.normal(size=(2, 3, 7))
     discount = 0.97 * (rng.random(7) < 0.6)
-    target = sac.critic_target(*map(jnp.float32, (reward, discount, next_q, log_prob, 0.3)))
+    target = sac_learner.critic_target(*map(jnp.float32, (reward, discount, next_q, log_prob, 0.3)))
     slow = [reward[b] + discount[b] * (min(next_q[:, b]) - 0.3 * log_prob[b]) for b in range(7)]
     np.testing.assert_allclose(target, slow, rtol=1e-5, atol=1e-6)
-    loss = sac.critic_loss(jnp.float32(values), target)
+    loss = sac_learner.critic_loss(jnp.float32(values), target)
     expected = sum(0.5 * np.mean((values[j] - slow) ** 2) for j in range(3))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    loss = sac.actor_loss(jnp.float32(log_prob), jnp.float32(q), 0.3)
+    loss = sac_learner.actor_loss(jnp.float32(log_prob), jnp.float32(q), 0.3)
     np.testing.assert_allclose(loss, np.mean(0.3 * log_prob - q), rtol=1e-4)
-    value, (grad, to_policy) = jax.value_and_grad(sac.temperature_loss, (0, 1))(
+    value, (grad, to_policy) = jax.value_and_grad(sac_learner.temperature_loss, (0, 1))(
         jnp.float32(-0.5), jnp.float32(log_prob), -2.0
     )
     np.testing.assert_allclose(value, 0.5 * np.mean(log_prob - 2.0), rtol=1e-5)
@@ -345,7 +345,7 @@ def test_the_actor_moves_at_every_fifth_gradient_step_over_all_updates():
 
 def acting(agent, actor, memory, obs, first, key, mode):
     """(actions, memory) of an actor without a learner."""
-    learner = sac.LearnerState(sac.Params(actor, None, None), None, None, None)
+    learner = sac.LearnerState(sac_learner.Params(actor, None, None), None, None, None)
     return agent.act(sac.State(learner, None), memory, obs, first, key, jnp.int32(0), mode)[:2]
 
 

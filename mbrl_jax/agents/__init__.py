@@ -18,17 +18,25 @@ class AgentDef(NamedTuple):
     config: Any  # the default config
     make: Callable[[Any, EnvSpec], Agent]  # called inside the traced function
     presets: Mapping[str, Mapping[str, Any]]  # environment id -> fields that differ there
+    resolve: Callable[[Any, EnvSpec], Any] = lambda config, spec: config
+    """The config as it is used in an environment like `spec`, where fields depend on it."""
 
-    def config_for(self, env_id: str, **overrides: Any) -> Any:
-        """The default config with the preset of `env_id` and then `overrides`.
+    def config_for(self, env: str | EnvSpec, **overrides: Any) -> Any:
+        """The default config with the preset of the environment and then `overrides`.
 
-        A config within it is changed by a mapping of its fields. Raises InputError for an unknown
-        field, a wrong type or a value outside its interval.
+        Args:
+          env: an id, or a spec, with which fields that depend on the environment are resolved, so
+            that the config is the one that a run uses and records.
+          overrides: fields; a config within is changed by a mapping of its fields.
+
+        Raises:
+          InputError: an unknown field, a wrong type or a value outside its interval.
         """
+        env_id = env if isinstance(env, str) else env.id
         config = _with(self.config, self.presets.get(env_id, {}), self.name)
         config = _with(config, overrides, self.name)
         check_config(config)
-        return config
+        return config if isinstance(env, str) else self.resolve(config, env)
 
 
 def _with(config: Any, fields: Mapping[str, Any], owner: str) -> Any:
@@ -92,7 +100,7 @@ def make_agent(name: str | AgentDef, spec: EnvSpec, config: Any = None) -> Agent
     """
     definition = name if isinstance(name, AgentDef) else AGENTS[name]
     if config is None:
-        config = definition.config_for(spec.id)
+        config = definition.config_for(spec)
     if type(config) is not type(definition.config):
         raise InputError(
             f"config of {definition.name}: got {type(config).__name__}, "

@@ -9,6 +9,7 @@ shooting take its place by `planner`; discrete actions are planned by a categori
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from mbrl_jax import planning
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
+from mbrl_jax.data.ring import Ring
 from mbrl_jax.data.rows import Rows
 from mbrl_jax.models import dynamics, ensemble, fit
 from mbrl_jax.planning.planners import kept_elites
@@ -79,6 +81,91 @@ class State(NamedTuple):
     replay: Rows
 
 
+def models(cfg: Config, spec: EnvSpec) -> ensemble.Ensemble:
+    """The ensemble that is learned; all of its members predict."""
+    return ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_members)
+
+
+def replay(cfg: Config, spec: EnvSpec) -> Ring:
+    """The ring of real transitions."""
+    return ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
+
+
+def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
+    """`Agent.init`."""
+    many = models(cfg, spec)
+    params = many.init(key)
+    return State(params, many.init_opt(params), replay(cfg, spec).init())
+
+
+def init_memory(cfg: Config, spec: EnvSpec, num_envs: int) -> PyTree:
+    """`Agent.init_memory`: the plan of an episode's start for each environment."""
+    start, _ = make_planner(cfg, spec)
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_envs, axis=0), start)
+
+
+def act(
+    cfg: Config, spec: EnvSpec, state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode
+):
+    """`Agent.act`: the first action of a plan, in modes "train" and "eval" alike."""
+    num_envs = obs.shape[0]
+    if mode == "random":
+        # no plan leads to what was done, so the next one starts anew
+        return spec.random_actions(key, obs), init_memory(cfg, spec, num_envs), ()
+
+    def one(obs: jax.Array, plan: PyTree, is_first: jax.Array, key: jax.Array):
+        start, _ = make_planner(cfg, spec)
+        plan = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), start, plan)
+        got = plan_action(cfg, spec, state.params, obs, plan, key)
+        return got.action, got.plan
+
+    action, memory = jax.vmap(one)(obs, memory, is_first, jax.random.split(key, num_envs))
+    return action, memory, ()
+
+
+def plan_action(
+    cfg: Config,
+    spec: EnvSpec,
+    params: ensemble.Params,
+    obs: jax.Array,
+    plan: PyTree,
+    key: jax.Array,
+) -> planning.Result:
+    """Plans from one state.
+
+    Args:
+      cfg, spec: the settings and the environment's.
+      params: of the ensemble.
+      obs: [D] the state.
+      plan: of the step before, or the start that `make_planner` gives.
+      key: consumed.
+
+    Returns:
+      The action [A] float32 or [] int32, the plan for the next step, and the whole sequence.
+    """
+    model = models(cfg, spec).model(cfg.propagation)
+    value = planning.model_value(model, params, obs, cfg.particles)
+    return make_planner(cfg, spec)[1](value, key, plan)
+
+
+def observe(cfg: Config, spec: EnvSpec, state: State, step: Step, extras, t: jax.Array) -> State:
+    """`Agent.observe`."""
+    rows = replay(cfg, spec).add(state.replay, Transition.of(step), t)
+    return state._replace(replay=rows)
+
+
+def update(
+    cfg: Config, spec: EnvSpec, state: State, key: jax.Array, t: jax.Array, n: jax.Array
+) -> tuple[State, Metrics]:
+    """`Agent.update`: trains the ensemble on all that was observed up to the batched step `t`."""
+    buffer = replay(cfg, spec)
+    data, size = buffer.all(state.replay), jnp.minimum(t + 1, buffer.steps) * cfg.num_envs
+    params, opt, curves = models(cfg, spec).fit(
+        state.params, state.opt, cfg.training, data, size, key
+    )
+    return State(params, opt, state.replay), fit.report(curves, params.bounds)
+
+
 def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment with vector observations.
 
@@ -95,51 +182,16 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     fit.check_warmup(cfg.training, cfg.warmup_steps, cfg.buffer_size)
     if not spec.discrete:
         spec.check_bounded("PETS")
-    models = ensemble.make(cfg.model, spec, cfg.num_members, cfg.num_members)
-    model = models.model(cfg.propagation)
-    replay = ring.make(Transition.example(spec), cfg.buffer_size, cfg.num_envs)
-    start, plan_one = make_planner(cfg, spec)
-
-    def init(key: jax.Array) -> State:
-        params = models.init(key)
-        return State(params, models.init_opt(params), replay.init())
-
-    def init_memory(num_envs: int) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_envs, axis=0), start)
-
-    def act(state: State, memory: PyTree, obs, is_first, key, t: jax.Array, mode: Mode):
-        if mode == "random":
-            # no plan leads to what was done, so the next one starts anew
-            return spec.random_actions(key, obs), init_memory(obs.shape[0]), ()
-
-        def one(obs: jax.Array, plan: PyTree, is_first: jax.Array, key: jax.Array):
-            plan = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), start, plan)
-            value = planning.model_value(model, state.params, obs, cfg.particles)
-            got = plan_one(value, key, plan)
-            return got.action, got.plan
-
-        action, memory = jax.vmap(one)(obs, memory, is_first, jax.random.split(key, obs.shape[0]))
-        return action, memory, ()
-
-    def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        row = Transition.of(step)
-        return state._replace(replay=replay.add(state.replay, row, t))
-
-    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
-        data = replay.get(state.replay, jnp.arange(cfg.buffer_size))
-        size = jnp.minimum(t + 1, replay.steps) * cfg.num_envs
-        params, opt, curves = models.fit(state.params, state.opt, cfg.training, data, size, key)
-        metrics = {
-            "holdout_error": jnp.nanmin(curves.holdout),
-            "model_loss": curves.loss[curves.rounds - 1],
-            "model_rounds": curves.rounds.astype(jnp.float32),
-            "logvar_min": jnp.mean(params.bounds.low),
-            "logvar_max": jnp.mean(params.bounds.high),
-        }
-        return State(params, opt, state.replay), metrics
-
-    schedule = Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update)
-    return Agent(init, init_memory, act, observe, update, schedule)
+    for part in (models, replay, make_planner):
+        part(cfg, spec)  # which refuses what it cannot do
+    return Agent(
+        init=partial(init, cfg, spec),
+        init_memory=partial(init_memory, cfg, spec),
+        act=partial(act, cfg, spec),
+        observe=partial(observe, cfg, spec),
+        update=partial(update, cfg, spec),
+        schedule=Schedule(cfg.num_envs, cfg.warmup_steps, cfg.steps_per_update),
+    )
 
 
 def make_planner(cfg: Config, spec: EnvSpec) -> tuple[PyTree, Callable[..., planning.Result]]:
@@ -152,18 +204,17 @@ def make_planner(cfg: Config, spec: EnvSpec) -> tuple[PyTree, Callable[..., plan
 
         return planning.start_categorical_cem(cfg.horizon, spec.num_actions), discrete
     low, high = jnp.array(spec.action_low), jnp.array(spec.action_high)
-    kept = kept_elites(top, 0.3)
+    kept = kept_elites(top)
 
     def continuous(value: planning.Value, key: jax.Array, plan: PyTree) -> planning.Result:
+        bounded = (value, key, plan, low, high)
         match cfg.planner:
             case "cem":
-                return planning.cem(value, key, plan, low, high, num, top, iterations, cfg.momentum)
+                return planning.cem(*bounded, num, top, iterations, cfg.momentum)
             case "icem":
-                return planning.icem(
-                    value, key, plan, low, high, num, top, iterations, cfg.momentum
-                )
+                return planning.icem(*bounded, num, top, iterations, cfg.momentum)
             case "mppi":
-                return planning.mppi(value, key, plan, low, high, num, iterations)
+                return planning.mppi(*bounded, num, iterations)
             case "random_shooting":
                 return planning.random_shooting(value, key, cfg.horizon, low, high, num)
 

@@ -8,21 +8,29 @@ of the config. A truncated episode is continued by the value of its true last ob
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen
+import optax
 
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
+from mbrl_jax.data.ring import Ring
 from mbrl_jax.data.rows import Layout
 from mbrl_jax.nn import normaliser
-from mbrl_jax.nn.distributions import categorical, diagonal_normal, sample_categorical
-from mbrl_jax.nn.networks import MLP, Torso
+from mbrl_jax.nn.distributions import (
+    categorical,
+    diagonal_normal,
+    masked_logits,
+    sample_categorical,
+)
+from mbrl_jax.nn.networks import PolicyNetwork, ValueNetwork
 from mbrl_jax.nn.normaliser import Stats
 from mbrl_jax.nn.optimiser import adam
+from mbrl_jax.nn.returns import discounted_returns, gae
 from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import (
     Agent,
@@ -40,8 +48,6 @@ from mbrl_jax.types import (
     num_rows,
     ranged,
 )
-
-_ILLEGAL = -1e9  # a logit; infinity would make the entropy NaN
 
 
 @config
@@ -85,12 +91,7 @@ class Config:
 class Record(NamedTuple):
     """One step of a rollout."""
 
-    obs: jax.Array
-    action: jax.Array  # in [-1, 1] or beyond it, before the environment's clip, where continuous
-    reward: jax.Array
-    next_obs: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
+    step: Transition  # its action, where continuous, in [-1, 1] or beyond it: before the clip
     log_prob: jax.Array
 
 
@@ -119,62 +120,6 @@ class State(NamedTuple):
     returns: PyTree  # [N] discounted, running; None without normalised rewards
 
 
-class Actor(linen.Module):
-    """[B, *obs_shape] -> logits [B, A], or mean and standard deviation [B, D] each."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-
-    @linen.compact
-    def __call__(self, obs: jax.Array):
-        size = self.spec.num_actions or self.spec.action_shape[0]
-        net = MLP(self.hidden, size, self.activation, "orthogonal", 2**0.5, 0.01)
-        out = net(Torso(self.spec)(obs))
-        if self.spec.discrete:
-            return out
-        log_std = self.param("log_std", linen.initializers.zeros, (size,))
-        return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
-
-
-class Critic(linen.Module):
-    """[B, *obs_shape] -> values [B]."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-
-    @linen.compact
-    def __call__(self, obs: jax.Array) -> jax.Array:
-        net = MLP(self.hidden, 1, self.activation, "orthogonal", 2**0.5, 1.0)
-        return net(Torso(self.spec)(obs))[..., 0]
-
-
-def gae(
-    reward: jax.Array,
-    value: jax.Array,
-    next_value: jax.Array,
-    terminated: jax.Array,
-    truncated: jax.Array,
-    gamma: Scalar,
-    lam: Scalar,
-) -> jax.Array:
-    """Generalised advantage estimates (Schulman et al. 2016, (16)), all [T, ...].
-
-    `next_value` is of the true successor: an episode that was truncated bootstraps from it, one
-    that terminated does not, and neither takes anything from the episode after it.
-    """
-    delta = reward + gamma * next_value * (1.0 - terminated) - value
-    decay = gamma * lam * (1.0 - (terminated | truncated))
-
-    def one(after: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        delta, decay = x
-        advantage = delta + decay * after
-        return advantage, advantage
-
-    return jax.lax.scan(one, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
-
-
 def policy_loss(
     log_prob: jax.Array, old_log_prob: jax.Array, advantage: jax.Array, clip_eps: Scalar
 ) -> jax.Array:
@@ -196,19 +141,6 @@ def value_loss(
     return 0.5 * jnp.mean(error)
 
 
-def discounted_returns(
-    reward: jax.Array, done: jax.Array, start: jax.Array, gamma: Scalar
-) -> tuple[jax.Array, jax.Array]:
-    """Running returns G_t = r_t + gamma G_{t-1}, from zero after `done`: ([N] last, [T, N])."""
-
-    def one(carry: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reward, done = x
-        total = reward + gamma * carry
-        return jnp.where(done, 0.0, total), total
-
-    return jax.lax.scan(one, start, (reward, done), unroll=8)
-
-
 def random_log_prob(spec: EnvSpec, obs: PyTree) -> jax.Array:
     """The log-probability of what `EnvSpec.random_actions` draws for `obs` [N, ...]: [N] float32.
 
@@ -221,20 +153,188 @@ def random_log_prob(spec: EnvSpec, obs: PyTree) -> jax.Array:
     return -jnp.log(jnp.maximum(jnp.sum(legal, axis=-1), 1).astype(jnp.float32))
 
 
-def masked_logits(logits: jax.Array, legal: jax.Array) -> jax.Array:
-    """`logits` [B, A] with no chance for what is not in `legal` [B, A] bool.
+def rollout_buffer(cfg: Config, spec: EnvSpec) -> Ring:
+    """A ring of `Record`s that one rollout fills."""
+    step = Transition.example(spec)
+    example = Record(step, step.reward)  # shapes and dtypes
+    return ring.make(example, cfg.num_envs * cfg.num_steps, cfg.num_envs)
 
-    Where nothing is legal, as in a final observation, all actions are equally likely.
+
+def optimiser(cfg: Config, steps: Scalar) -> optax.GradientTransformation:
+    """Adam with the step size that holds after `steps` environment steps."""
+    rate = linear(cfg.learning_rate, 0.0, cfg.anneal_steps, steps)
+    return adam(rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
+
+
+def policy(cfg: Config, spec: EnvSpec, actor: PyTree, obs: PyTree):
+    """The distribution of actions of the parameters `actor` at `obs` [B, ...], normalised."""
+    out = PolicyNetwork(spec, cfg.hidden, cfg.activation).apply(actor, obs)
+    if not spec.discrete:
+        return diagonal_normal(*out)
+    legal = spec.legal(obs)
+    return categorical(out if legal is None else masked_logits(out, legal))
+
+
+def values(cfg: Config, spec: EnvSpec, critic: PyTree, obs: PyTree) -> jax.Array:
+    """The values [B] of the parameters `critic` at `obs` [B, ...], normalised."""
+    return ValueNetwork(spec, cfg.hidden, cfg.activation).apply(critic, obs)
+
+
+def normalised(state: State, obs: PyTree) -> PyTree:
+    """`obs` as the networks see it."""
+    return obs if state.obs_stats is None else normaliser.normalise(state.obs_stats, obs)
+
+
+def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
+    """`Agent.init`."""
+    keys = jax.random.split(key)
+    obs = spec.zero_obs(1)
+    if cfg.normalise_obs:
+        obs = obs.astype(jnp.float32)
+    actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (PolicyNetwork, ValueNetwork))
+    params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
+    return State(
+        params=params,
+        opt=Params(*map(optimiser(cfg, 0).init, params)),
+        rollout=rollout_buffer(cfg, spec).init(),
+        obs_stats=normaliser.init(spec.obs_shape) if cfg.normalise_obs else None,
+        return_stats=normaliser.init(()) if cfg.normalise_reward else None,
+        returns=jnp.zeros(cfg.num_envs, jnp.float32) if cfg.normalise_reward else None,
+    )
+
+
+def act(
+    cfg: Config, spec: EnvSpec, state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode
+):
+    """`Agent.act`; the extras are the actions' log-probabilities [N]."""
+    if mode == "random":
+        return spec.random_actions(key, obs), memory, random_log_prob(spec, obs)
+    distribution = policy(cfg, spec, state.params.actor, normalised(state, obs))
+    if mode == "eval":
+        action = distribution.mode()
+    elif spec.discrete:
+        draws = prng.uniform(key, num_rows(obs), fused=64)
+        action = sample_categorical(distribution.logits, draws)
+    else:
+        noise = jax.random.normal(key, (num_rows(obs), *spec.action_shape), jnp.float32)
+        action = distribution.loc + distribution.scale_diag * noise
+    log_prob = distribution.log_prob(action)
+    if spec.discrete:
+        return action.astype(jnp.int32), memory, log_prob
+    return spec.from_unit(action), memory, log_prob
+
+
+def observe(cfg: Config, spec: EnvSpec, state: State, step: Step, extras, t: jax.Array) -> State:
+    """`Agent.observe`."""
+    action = step.action if spec.discrete else spec.to_unit(step.action)
+    record = Record(Transition.of(step)._replace(action=action), extras)
+    return state._replace(rollout=rollout_buffer(cfg, spec).add(state.rollout, record, t))
+
+
+def make_samples(cfg: Config, spec: EnvSpec, state: State, record: Record) -> Sample:
+    """Values, advantages and targets of a rollout's rows [T * N, ...], the steps first."""
+    step = record.step
+    obs, next_obs = normalised(state, step.obs), normalised(state, step.next_obs)
+    value = values(cfg, spec, state.params.critic, obs)
+    next_value = values(cfg, spec, state.params.critic, next_obs)
+    reward = step.reward
+    if state.return_stats is not None:
+        reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
+
+    shape = (cfg.num_steps, cfg.num_envs)
+    advantage = gae(
+        reward.reshape(shape),
+        value.reshape(shape),
+        next_value.reshape(shape),
+        step.terminated.reshape(shape),
+        step.truncated.reshape(shape),
+        cfg.gamma,
+        cfg.gae_lambda,
+    ).reshape(-1)
+    return Sample(obs, step.action, record.log_prob, value, advantage, advantage + value)
+
+
+def move_statistics(cfg: Config, state: State, step: Transition) -> State:
+    """The running statistics after a rollout's steps [T * N, ...].
+
+    It comes after the targets, so that these and the log-probabilities belong together.
     """
-    return jnp.where(legal, logits, _ILLEGAL)
+    if state.obs_stats is not None:
+        state = state._replace(obs_stats=normaliser.update(state.obs_stats, step.obs))
+    if state.return_stats is not None:
+        shape = (cfg.num_steps, cfg.num_envs)
+        done = (step.terminated | step.truncated).reshape(shape)
+        reward = step.reward.reshape(shape)
+        last, returns = discounted_returns(reward, done, state.returns, cfg.gamma)
+        stats = normaliser.update(state.return_stats, returns.reshape(-1))
+        state = state._replace(return_stats=stats, returns=last)
+    return state
+
+
+def total_loss(
+    cfg: Config, spec: EnvSpec, params: Params, sample: Sample
+) -> tuple[jax.Array, Metrics]:
+    """The weighted sum of the losses of a minibatch [B, ...], and the metrics."""
+    distribution = policy(cfg, spec, params.actor, sample.obs)
+    log_prob = distribution.log_prob(sample.action)
+    entropy = jnp.mean(distribution.entropy())
+    advantage = sample.advantage
+    if cfg.normalise_advantage:
+        advantage = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + 1e-8)
+    actor_loss = policy_loss(log_prob, sample.log_prob, advantage, cfg.clip_eps)
+    value = values(cfg, spec, params.critic, sample.obs)
+    clip = cfg.clip_eps if cfg.value_clip else None
+    critic_loss = value_loss(value, sample.value, sample.target, clip)
+    total = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * entropy
+    log_ratio = log_prob - sample.log_prob
+    metrics = {
+        "policy_loss": actor_loss,
+        "value_loss": critic_loss,
+        "entropy": entropy,
+        # Schulman's low-variance estimator of the divergence from the old policy
+        "kl": jnp.mean(jnp.expm1(log_ratio) - log_ratio),
+        "clipped": jnp.mean((jnp.abs(jnp.expm1(log_ratio)) > cfg.clip_eps) * 1.0),
+    }
+    return total, metrics
+
+
+def update(
+    cfg: Config, spec: EnvSpec, state: State, key: jax.Array, t: jax.Array, n: jax.Array
+) -> tuple[State, Metrics]:
+    """`Agent.update`: `cfg.epochs` passes over the rollout, a gradient step for each minibatch."""
+    record = rollout_buffer(cfg, spec).all(state.rollout)
+    samples = make_samples(cfg, spec, state, record)
+    state = move_statistics(cfg, state, record.step)
+    layout = Layout.of(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples))
+    rows = layout.pack(samples)
+    batch = cfg.num_envs * cfg.num_steps
+    order = prng.shuffles(key, cfg.epochs, batch).reshape(cfg.epochs * cfg.minibatches, -1)
+    # at the step where the rollout began
+    optimise = optimiser(cfg, env_steps(t + 1 - cfg.num_steps, cfg.num_envs))
+
+    def gradient_step(carry: tuple[Params, Params], index: jax.Array):
+        params, opt = carry
+        chosen = layout.unpack({
+            name: matrix.at[index].get(mode="promise_in_bounds")
+            for name, matrix in rows.items()
+        })  # fmt: skip
+        loss = partial(total_loss, cfg, spec)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, chosen)
+        moved = map(optimise.update, grads, opt, params)
+        moves, opt = (Params(*parts) for parts in zip(*moved, strict=True))
+        return (jax.tree.map(jnp.add, params, moves), opt), metrics
+
+    (params, opt), metrics = jax.lax.scan(gradient_step, (state.params, state.opt), order)
+    return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
 
 
 def make(config: Config, spec: EnvSpec) -> Agent:
     """The agent of one environment.
 
     Raises:
-      InputError: a rollout that does not divide into the minibatches; integer observations that
-        should be normalised; unbounded continuous actions.
+      InputError: a rollout that does not divide into the minibatches; minibatches of one step whose
+        advantages should be normalised, which makes them 0; observations that cannot be normalised;
+        unbounded continuous actions; several players.
     """
     cfg = config
     spec.check_usable("PPO", dicts=True, reserved=("action_mask",))
@@ -243,151 +343,23 @@ def make(config: Config, spec: EnvSpec) -> Agent:
         raise InputError(
             f"minibatches = {cfg.minibatches}: expected a divisor of num_envs * num_steps = {batch}"
         )
+    if cfg.normalise_advantage and batch == cfg.minibatches:
+        raise InputError(
+            f"minibatches = {cfg.minibatches}: expected at most {batch // 2}, since the advantage "
+            "of a single step is normalised to 0; or set normalise_advantage = False"
+        )
     if cfg.normalise_obs and (spec.num_obs is not None or spec.obs_parts):
         kind = "a dict of observations" if spec.obs_parts else "integer observations"
         raise InputError(f"normalise_obs = True: {spec.id} has {kind}; leave it out")
     spec.check_bounded("PPO")
-    actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (Actor, Critic))
-    transition = Transition.example(spec)
-    example = Record(*transition, log_prob=transition.reward)  # shapes and dtypes
-    rollout = ring.make(example, batch, cfg.num_envs)
-
-    def optimiser(step: Scalar):
-        rate = linear(cfg.learning_rate, 0.0, cfg.anneal_steps, step)
-        return adam(rate, eps=cfg.adam_eps, max_grad_norm=cfg.max_grad_norm)
-
-    def distribution(params: PyTree, obs: PyTree):
-        out = actor.apply(params, obs)
-        if not spec.discrete:
-            return diagonal_normal(*out)
-        legal = spec.legal(obs)
-        return categorical(out if legal is None else masked_logits(out, legal))
-
-    def seen(state: State, obs: PyTree) -> PyTree:
-        return obs if state.obs_stats is None else normaliser.normalise(state.obs_stats, obs)
-
-    def init(key: jax.Array) -> State:
-        keys = jax.random.split(key)
-        obs = spec.zero_obs(1)
-        if cfg.normalise_obs:
-            obs = obs.astype(jnp.float32)
-        params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
-        return State(
-            params=params,
-            opt=Params(*map(optimiser(0).init, params)),
-            rollout=rollout.init(),
-            obs_stats=normaliser.init(spec.obs_shape) if cfg.normalise_obs else None,
-            return_stats=normaliser.init(()) if cfg.normalise_reward else None,
-            returns=jnp.zeros(cfg.num_envs) if cfg.normalise_reward else None,
-        )
-
-    def act(state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode):
-        if mode == "random":
-            return spec.random_actions(key, obs), memory, random_log_prob(spec, obs)
-        policy = distribution(state.params.actor, seen(state, obs))
-        if mode == "eval":
-            action = policy.mode()
-        elif spec.discrete:
-            draws = prng.uniform(key, num_rows(obs), fused=64)
-            action = sample_categorical(policy.logits, draws)
-        else:
-            noise = jax.random.normal(key, (num_rows(obs), *spec.action_shape))
-            action = policy.loc + policy.scale_diag * noise
-        log_prob = policy.log_prob(action)
-        if spec.discrete:
-            return action.astype(jnp.int32), memory, log_prob
-        return spec.from_unit(action), memory, log_prob
-
-    def observe(state: State, step: Step, extras, t: jax.Array) -> State:
-        action = step.action if spec.discrete else spec.to_unit(step.action)
-        record = Record(*Transition.of(step)._replace(action=action), log_prob=extras)
-        return state._replace(rollout=rollout.add(state.rollout, record, t))
-
-    def update(state: State, key: jax.Array, t: jax.Array, n: jax.Array) -> tuple[State, Metrics]:
-        record = rollout.layout.unpack(state.rollout)
-        samples = evaluate(state, record)
-        state = learn_statistics(state, record)
-        layout = Layout.of(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), samples)
-        )
-        rows = layout.pack(samples)
-        order = prng.shuffles(key, cfg.epochs, batch).reshape(cfg.epochs * cfg.minibatches, -1)
-        # at the step where the rollout began
-        optimise = optimiser(env_steps(t + 1 - cfg.num_steps, cfg.num_envs))
-
-        def one(carry: tuple[Params, Params], index: jax.Array):
-            params, opt = carry
-            chosen = layout.unpack({
-                name: matrix.at[index].get(mode="promise_in_bounds")
-                for name, matrix in rows.items()
-            })  # fmt: skip
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, chosen)
-            moved = map(optimise.update, grads, opt, params)
-            steps, opt = (Params(*parts) for parts in zip(*moved, strict=True))
-            return (jax.tree.map(jnp.add, params, steps), opt), metrics
-
-        (params, opt), metrics = jax.lax.scan(one, (state.params, state.opt), order)
-        return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
-
-    def evaluate(state: State, record: Record) -> Sample:
-        """Values, advantages and targets of a rollout's rows [T * N]."""
-        obs, next_obs = seen(state, record.obs), seen(state, record.next_obs)
-        value = critic.apply(state.params.critic, obs)
-        next_value = critic.apply(state.params.critic, next_obs)
-        reward = record.reward
-        if state.return_stats is not None:
-            reward = reward / jnp.sqrt(state.return_stats.var + 1e-8)
-        shape = (cfg.num_steps, cfg.num_envs)
-        advantage = gae(
-            reward.reshape(shape),
-            value.reshape(shape),
-            next_value.reshape(shape),
-            record.terminated.reshape(shape),
-            record.truncated.reshape(shape),
-            cfg.gamma,
-            cfg.gae_lambda,
-        ).reshape(-1)
-        return Sample(obs, record.action, record.log_prob, value, advantage, advantage + value)
-
-    def learn_statistics(state: State, record: Record) -> State:
-        # after the update's targets, so that they and the log-probabilities belong together
-        if state.obs_stats is not None:
-            state = state._replace(obs_stats=normaliser.update(state.obs_stats, record.obs))
-        if state.return_stats is not None:
-            done = record.terminated | record.truncated
-            shape = (cfg.num_steps, cfg.num_envs)
-            last, returns = discounted_returns(
-                record.reward.reshape(shape), done.reshape(shape), state.returns, cfg.gamma
-            )
-            stats = normaliser.update(state.return_stats, returns.reshape(-1))
-            state = state._replace(return_stats=stats, returns=last)
-        return state
-
-    def loss(params: Params, sample: Sample) -> tuple[jax.Array, Metrics]:
-        policy = distribution(params.actor, sample.obs)
-        log_prob = policy.log_prob(sample.action)
-        entropy = jnp.mean(policy.entropy())
-        advantage = sample.advantage
-        if cfg.normalise_advantage:
-            advantage = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + 1e-8)
-        actor_loss = policy_loss(log_prob, sample.log_prob, advantage, cfg.clip_eps)
-        value = critic.apply(params.critic, sample.obs)
-        clip = cfg.clip_eps if cfg.value_clip else None
-        critic_loss = value_loss(value, sample.value, sample.target, clip)
-        total = actor_loss + cfg.value_coef * critic_loss - cfg.entropy_coef * entropy
-        log_ratio = log_prob - sample.log_prob
-        metrics = {
-            "policy_loss": actor_loss,
-            "value_loss": critic_loss,
-            "entropy": entropy,
-            # Schulman's low-variance estimator of the divergence from the old policy
-            "kl": jnp.mean(jnp.expm1(log_ratio) - log_ratio),
-            "clipped": jnp.mean((jnp.abs(jnp.expm1(log_ratio)) > cfg.clip_eps) * 1.0),
-        }
-        return total, metrics
-
-    schedule = Schedule(cfg.num_envs, 0, cfg.num_steps)
-    return Agent(init, lambda num_envs: (), act, observe, update, schedule)
+    return Agent(
+        init=partial(init, cfg, spec),
+        init_memory=lambda num_envs: (),
+        act=partial(act, cfg, spec),
+        observe=partial(observe, cfg, spec),
+        update=partial(update, cfg, spec),
+        schedule=Schedule(cfg.num_envs, 0, cfg.num_steps),
+    )
 
 
 _SMALL = {"learning_rate": 1e-3, "num_steps": 64, "anneal_steps": 500_000.0}
@@ -421,12 +393,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Seaquest-MinAtar": _MINATAR,
     "SpaceInvaders-MinAtar": _MINATAR,
     "Pendulum-v1": {**_CONTINUOUS, "gamma": 0.9},
-    "MountainCarContinuous-v0": {
-        **_CONTINUOUS,
-        "num_envs": 16,
-        "num_steps": 256,
-        "entropy_coef": 0.01,
-    },
+    "MountainCarContinuous-v0": _CONTINUOUS
+    | {"num_envs": 16, "num_steps": 256, "entropy_coef": 0.01},
     "ContinuousCartPole-v0": _CONTINUOUS,
     "Reacher-misc": _CONTINUOUS,
     "PointRobot-misc": _CONTINUOUS,

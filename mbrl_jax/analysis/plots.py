@@ -302,7 +302,7 @@ def note(figure: Figure, text: str, seeds: set[int]) -> None:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> list[Path]:
     """Writes the PNG and the SVG."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.suffix in (".png", ".svg"):
         path = path.with_suffix("")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         ValueError: there is no such file, it has no rows, a row is broken, or a seed lacks or
             repeats an evaluation.
     """
-    file = Path(path) / "metrics.csv"
+    file = Path(os.path.expanduser(path)) / "metrics.csv"
     if not file.is_file():
         raise ValueError(f"no file {file}; expected a run folder: give the --out of a training run")
     with file.open(newline="") as lines:

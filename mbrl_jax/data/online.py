@@ -1,6 +1,7 @@
-"""A queue of fresh windows in front of uniform sampling, so that each step is trained on at least
-once: the "online queue" of DreamerV3 (Hafner et al. 2025, "Mastering diverse control tasks through
-world models", and the authors' code).
+"""The queue of fresh windows that come before the uniformly drawn ones, DreamerV3's "online queue".
+
+With it each step is trained on soon and at least once (Hafner et al. 2025, "Mastering diverse
+control tasks through world models"; the order is that of the authors' code).
 
 The steps 1 + k * length to (k + 1) * length of every environment are its window number k, so that
 windows neither overlap nor leave anything out but step 0. They queue up in the order in which they
@@ -37,7 +38,9 @@ def empty() -> Queue:
 def waiting(ring: Ring, queue: Queue, length: int, written: jax.Array) -> tuple[jax.Array, Queue]:
     """How many windows wait (int32), and the queue without those that were overwritten.
 
-    ring: holds the steps. length: steps of a window, 1 to `ring.steps`, the same in every call.
+    ring: the ring that holds the steps.
+    queue: as `empty`, or the last call of `pop`, gave it.
+    length: steps of a window, 1 to `ring.steps`, the same in every call.
     written: int32, the batched steps so far, t + 1. Under `vmap` over seeds the number and the
       queue are batched only if `queue` or `written` are.
     """

@@ -132,14 +132,17 @@ class Ring(NamedTuple):
         return jnp.asarray(t % self.steps * self.num_envs + env, jnp.int32)
 
     def set(self, rows: Rows, index: jax.Array, fields: PyTree) -> Rows:
-        """Writes some leaves of the rows `index` (any shape, int32 in [0, capacity)) anew.
+        """Writes some leaves of some rows anew and leaves everything else as it is.
 
-        fields: the leaves of the example to be written under their names there, each
-          [*index.shape, *shape]: {"a": {"b": x}} for `example["a"]["b"]` or `example.a.b`.
+        index: the rows, int32 of any shape, in [0, capacity). Where a row is named more than once,
+          the last of its values in row-major order stays, the same for all leaves.
+        fields: the leaves to be written, each [*index.shape, *shape], under the names that they
+          have in the example: {"a": {"b": x}} for `example["a"]["b"]` or `example.a.b`. A
+          NamedTuple of the example's kind with None for all others will do too.
 
-        Where a row is named more than once, the last of its values in row-major order stays, the
-        same for all leaves. One scatter for each leaf, in place where the values follow from
-        what was read of `rows`.
+        One scatter for each leaf, and a sort of `index`. It is done in place where the values or
+        `index` follow from all that was read of the same rows (see `Sequence.sample`); otherwise
+        XLA copies the ring.
 
         Raises:
           InputError: no leaf, one that the example lacks, or one of another shape or dtype.

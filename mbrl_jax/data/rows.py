@@ -69,6 +69,7 @@ class Layout:
     @property
     def widths(self) -> dict[str, int]:
         """Columns of each matrix."""
+        # the last leaf of a matrix ends it
         return {name: columns.stop for name, columns in self.places}
 
     @property
@@ -110,16 +111,7 @@ class Layout:
         return jax.tree.unflatten(self.structure, leaves)
 
     def set(self, rows: Rows, index: jax.Array, fields: PyTree) -> Rows:
-        """`rows` [capacity, width] with the leaves in `fields` written at the rows `index`.
-
-        index: int32 of any shape, in [0, capacity). Where a row is named more than once, the last
-          of its values in row-major order stays, the same for all leaves.
-        fields: some leaves of the example under the names that they have there, each
-          [*index.shape, *shape]: {"a": {"b": x}} for `example["a"]["b"]` or `example.a.b`.
-
-        Raises:
-          InputError: no leaf, one that the example lacks, or one of another shape or dtype.
-        """
+        """Matrices [capacity, width] with some leaves of the rows `index` anew: `Ring.set`."""
         given = jax.tree_util.tree_leaves_with_path(fields)
         if not given:
             raise InputError(f"fields = {fields!r}: expected at least one leaf of the example")

@@ -64,7 +64,7 @@ class Sequence(NamedTuple):
         counts the batched steps so far, t + 1; it must be at least `length`, which the caller sees
         to. One gather of num * length rows for each dtype.
 
-        The rows, [num, length] int32, are for `set`.
+        The rows, [num, length] int32, are for `set`, which comes after the read then.
 
         Raises:
           InputError: a window longer than the buffer.

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
         latent,
         oracle,
         rollout,
+        rollout_rules,
         tabular,
     )
 
-__all__ = ["diagnostics", "dynamics", "ensemble", "fit", "latent", "oracle", "rollout", "tabular"]
+__all__ = [
+    "diagnostics",
+    "dynamics",
+    "ensemble",
+    "fit",
+    "latent",
+    "oracle",
+    "rollout",
+    "rollout_rules",
+    "tabular",
+]
 
 __getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

@@ -21,7 +21,7 @@ import numpy as np
 
 from mbrl_jax.nn.networks import MLP, activation
 from mbrl_jax.nn.precision import FULL
-from mbrl_jax.types import EnvSpec, InputError, PyTree, check_config, config, ranged
+from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar, check_config, config, ranged
 
 LOGVAR_RANGE = (-12.0, 2.0)  # wherein learned bounds of the log-variance stay
 
@@ -221,11 +221,29 @@ class Dynamics(NamedTuple):
         return self.in_own_units(out, scaling)
 
     def outcome(
-        self, obs: jax.Array, action: jax.Array, y: jax.Array, end: jax.Array
+        self,
+        obs: jax.Array,
+        action: jax.Array,
+        y: jax.Array,
+        end: jax.Array,
+        limits: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """next_obs [*lead, D], reward [*lead] and terminated [*lead] that targets y stand for."""
+        """next_obs [*lead, D], reward [*lead] and terminated [*lead] that targets y stand for.
+
+        Args:
+          obs, action: [*lead, D], and [*lead] int32 or [*lead, A].
+          y: [*lead, K] targets in their own units.
+          end: [*lead] logit of the task's end; nan where it is not learned.
+          limits: the lowest and the highest next observation, [D] each, to which finite numbers are
+            clipped; a known reward and termination judge what is left.
+        """
         y = self.base(obs) + y
         next_obs = y[..., : self.obs_dim]
+        if limits is not None:
+            low, high = (wide(limit, next_obs) for limit in limits)
+            # an infinity stays one, so that it ends a rollout
+            clipped = jnp.clip(next_obs, low, high)
+            next_obs = jnp.where(jnp.isfinite(next_obs), clipped, next_obs)
         if self.config.reward == "known":
             reward = self.spec.reward_fn(obs, action, next_obs)  # type: ignore[misc]
         else:
@@ -328,6 +346,14 @@ def standardised(rows: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 def wide(vector: jax.Array, rows: jax.Array) -> jax.Array:
     """`vector` [K] with the leading axes of `rows` [*lead, K], each of size 1."""
     return vector.reshape((1,) * (rows.ndim - 1) + vector.shape)
+
+
+def obs_limits(scaling: Scaling, margin: Scalar = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Lowest and highest observation, [D] each: the range of the rows that a model was trained on,
+    wider by `margin` times itself on both sides; infinite before a training."""
+    extent = scaling.obs_high - scaling.obs_low
+    wider = jnp.where(jnp.isfinite(extent), margin * extent, jnp.inf)
+    return scaling.obs_low - wider, scaling.obs_high + wider
 
 
 def fit_scaling(

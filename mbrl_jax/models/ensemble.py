@@ -14,7 +14,7 @@ the blocks, so row i of a batch has the same member at every step of a rollout.
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from mbrl_jax.models.dynamics import (
     Scaling,
     wide,
 )
-from mbrl_jax.types import InputError, PyTree, Transition, unknown
+from mbrl_jax.types import InputError, PyTree, Scalar, Transition, unknown
 
 Propagation = Literal["ts1", "tsinf", "expectation", "distribution", "moment_matching"]
 Score = Literal["none", "std", "max_distance", "jensen_shannon"]
@@ -81,6 +81,7 @@ class Ensemble(NamedTuple):
         propagation: Propagation = "ts1",
         score: Score = "none",
         particles: int = 1,
+        clip_margin: Scalar | None = None,
     ) -> Prediction:
         """One step of B states.
 
@@ -91,11 +92,21 @@ class Ensemble(NamedTuple):
           propagation: see the module. Expectation adds no noise.
           score: what `disagreement` holds, over the elites and in standardised targets; anything
             but "none" evaluates every elite on every state, M times the work of TS1.
-          particles: for moment matching: `obs` is [particles, B / particles] flattened, and each
-            column is refitted.
+          particles: for moment matching, 2 or more: `obs` is [particles, B / particles] flattened,
+            and each column is refitted.
+          clip_margin: next observations are clipped to the range of the training rows, wider by so
+            many times itself on both sides; None clips nothing. Known rewards and terminations
+            judge the clipped ones.
+
+        Raises:
+          InputError: an unknown propagation or score, moment matching without particles, or a B
+            that does not divide by them.
         """
-        if propagation not in Propagation.__args__:  # type: ignore[attr-defined]
-            raise unknown("propagation", propagation, Propagation.__args__)  # type: ignore[attr-defined]
+        _check(propagation, score, particles)
+        if propagation == "moment_matching" and obs.shape[0] % particles:
+            raise InputError(
+                f"particles = {particles}: expected a divisor of the {obs.shape[0]} rows"
+            )
         member_key, noise_key, again_key = jax.random.split(key, 3)
         elites = jax.tree.map(lambda leaf: leaf[params.elites], params.net)
         few = params._replace(net=elites)
@@ -122,7 +133,10 @@ class Ensemble(NamedTuple):
             y = Gaussian(mean - base, var, y.end)
             noise = jax.random.normal(again_key, noise.shape)
         targets = y.mean + jnp.sqrt(y.var) * noise
-        step = self.dynamics.outcome(obs, action, targets, y.end)
+        limits = None
+        if clip_margin is not None:
+            limits = dynamics.obs_limits(params.scaling, clip_margin)
+        step = self.dynamics.outcome(obs, action, targets, y.end, limits)
         return Prediction(*step, disagreement)
 
     def fit(
@@ -146,11 +160,22 @@ class Ensemble(NamedTuple):
         """The optimiser's state before the first `fit`."""
         return fit.init(params.net, params.bounds)
 
-    def model(self, propagation: Propagation = "ts1", score: Score = "none") -> DynamicsModel:
-        """The contract that rollouts, planners and diagnostics speak; see `sample`."""
+    def model(
+        self,
+        propagation: Propagation = "ts1",
+        score: Score = "none",
+        particles: int = 1,
+        clip_margin: Scalar | None = None,
+    ) -> DynamicsModel:
+        """The contract that rollouts, planners and diagnostics speak; arguments as of `sample`.
+
+        Raises:
+          InputError: an unknown propagation or score, or moment matching without particles.
+        """
+        _check(propagation, score, particles)
 
         def predict(params: Params, obs: jax.Array, action: jax.Array, key: jax.Array):
-            return self.sample(params, obs, action, key, propagation, score)
+            return self.sample(params, obs, action, key, propagation, score, particles, clip_margin)
 
         return DynamicsModel(predict)
 
@@ -240,6 +265,18 @@ SCORES = {
     "jensen_shannon": disagreement_jensen_shannon,
 }
 """Measures of disagreement: members [E, *lead, K] -> [*lead]."""
+
+
+def _check(propagation: str, score: str, particles: int) -> None:
+    if propagation not in get_args(Propagation):
+        raise unknown("propagation", propagation, get_args(Propagation))
+    if score not in get_args(Score):
+        raise unknown("score", score, get_args(Score))
+    if propagation == "moment_matching" and particles < 2:
+        raise InputError(
+            f"particles = {particles}: expected 2 or more for moment matching, which refits a "
+            "Gaussian over the particles of each candidate; with one take 'distribution'"
+        )
 
 
 def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:

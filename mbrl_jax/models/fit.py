@@ -5,7 +5,11 @@ rows of its own, a part of the rows is held out, and each member keeps the weigh
 best there. Compiled as a whole: the count of rows is traced, so a growing buffer never recompiles.
 
 "early_stopping" ends when no member has improved for a while; under `vmap` it lasts until the
-slowest seed ends. "fixed_steps" takes the same number of gradient steps whatever the data.
+slowest seed ends, and a seed that has ended keeps what it has. "fixed_steps" takes the same number
+of gradient steps whatever the data.
+
+How many gradient steps a round takes and how many rows of the holdout are looked at follow from
+`size`, which seeds under `vmap` share, so neither loop selects anything seed by seed.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from mbrl_jax.models.dynamics import (
 )
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.types import InputError, PyTree, Transition, config, ranged
+
+HOLDOUT_ROWS = 500  # of the holdout that are evaluated at once on a CPU; an accelerator takes all
 
 
 @config
@@ -99,8 +105,9 @@ def fit(
       config: of the training.
       net, bounds, opt: weights [E, ...], bounds of the log-variance, and `init`'s state.
       data: rows [C, ...] of a buffer; `truncated` is not read.
-      size: int32, how many of them are written, at least 2. Rows that are not finite are left out;
-        `check` refuses or reports them before.
+      size: int32, how many of them are written, at least 2; where seeds are vmapped, the same for
+        all (an axis of its own gives the same results in more time). Rows that are not finite are
+        left out; `check` refuses or reports them before.
       key: consumed.
 
     Memory: 4 (F + K + 1 + E) bytes for each row of the buffer, beside the data.
@@ -113,7 +120,7 @@ def fit(
 
     # the first `held` rows in a random order are the holdout, the next ones are for training
     count = jnp.sum(valid)
-    held = jnp.clip(jnp.int32(config.holdout * count), 1, config.max_holdout)
+    held, most_held = held_out(config, count), held_out(config, size)
     order = jnp.argsort(jnp.where(valid, jax.random.uniform(split_key, (capacity,)), jnp.inf))
     rank = jnp.zeros(capacity, jnp.int32).at[order].set(jnp.arange(capacity, dtype=jnp.int32))
     training = valid & (rank >= held)
@@ -125,17 +132,26 @@ def fit(
     y = standardised(y, scaling.y_mean, scaling.y_std)
     packed = jnp.concatenate([x, y, data.terminated[:, None].astype(jnp.float32)], axis=-1)
     cuts = (model.num_inputs, model.num_inputs + model.num_targets)
-    some = order[: min(config.max_holdout, capacity)]
-    kept, weight = packed[some], jnp.arange(some.shape[0]) < held
+    kept = packed[order[: min(config.max_holdout, capacity)]]
+    weight = jnp.arange(kept.shape[0]) < held
 
     # drawn once for a training: which rows make up each member's own data set
     drawn = jax.random.uniform(boot_key, (num_members, capacity))
     bootstrap = order[held + jnp.minimum(jnp.int32(drawn * num_rows), num_rows - 1)]
 
     def holdout_error(net: PyTree, bounds: Bounds) -> jax.Array:
-        x, y, _ = jnp.split(kept, cuts, axis=-1)
-        mean = jax.vmap(lambda one: model.apply(one, bounds, x).mean)(net)
-        each = jnp.mean(jnp.square(mean - y[None]), axis=-1)
+        block = min(HOLDOUT_ROWS, len(kept)) if jax.default_backend() == "cpu" else len(kept)
+
+        def some(i: jax.Array, each: jax.Array) -> jax.Array:
+            start = jnp.minimum(i * block, len(kept) - block)  # the last block is no shorter
+            rows = jax.lax.dynamic_slice_in_dim(kept, start, block)
+            x, y, _ = jnp.split(rows, cuts, axis=-1)
+            mean = jax.vmap(lambda one: model.apply(one, bounds, x).mean)(net)
+            error = jnp.mean(jnp.square(mean - y[None]), axis=-1)
+            return jax.lax.dynamic_update_slice_in_dim(each, error, start, axis=1)
+
+        each = jnp.zeros((num_members, len(kept)))
+        each = jax.lax.fori_loop(0, -(-most_held // block), some, each)
         return jnp.sum(jnp.where(weight[None], each, 0.0), axis=-1) / held
 
     def loss(trained: tuple[PyTree, Bounds], rows: jax.Array) -> jax.Array:
@@ -164,7 +180,8 @@ def fit(
 
     early = config.mode == "early_stopping"
     rounds = config.max_epochs if early else -(-config.steps // config.eval_every)
-    per_round = -(-num_rows // config.batch_size) if early else config.eval_every
+    num_batches = -(-jnp.maximum(size - most_held, 1) // config.batch_size)
+    per_round = num_batches if early else config.eval_every
 
     def one_round(carry):
         trained, opt, best, error, stale, number, curves = carry
@@ -194,6 +211,26 @@ def fit(
     start = ((net, bounds), opt, net, jnp.full(num_members, jnp.inf), 0, 0, curves)
     trained, opt, best, error, _, _, curves = jax.lax.while_loop(goes_on, one_round, start)
     return Fitted(best, trained[1], scaling, opt, error, curves)
+
+
+def report(curves: Curves, bounds: Bounds) -> dict[str, jax.Array]:
+    """What an agent logs of a training, [] float32 each.
+
+    `holdout_error` of the best member at its best, `model_loss` of the last round, `model_rounds`,
+    and the mean bounds of the log-variance, `logvar_min` and `logvar_max`.
+    """
+    return {
+        "holdout_error": jnp.nanmin(curves.holdout),
+        "model_loss": curves.loss[curves.rounds - 1],
+        "model_rounds": curves.rounds.astype(jnp.float32),
+        "logvar_min": jnp.mean(bounds.low),
+        "logvar_max": jnp.mean(bounds.high),
+    }
+
+
+def held_out(config: Config, num_rows: jax.Array) -> jax.Array:
+    """How many of `num_rows` (int32) rows are held out, int32: the share, 1 to `max_holdout`."""
+    return jnp.clip(jnp.int32(config.holdout * num_rows), 1, config.max_holdout)
 
 
 def check_warmup(config: Config, warmup_steps: int, buffer_size: int) -> None:

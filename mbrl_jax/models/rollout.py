@@ -4,9 +4,8 @@ A row of the batch ends where the task does, where the model is too uncertain, o
 not finite; it is never taken up again. `unroll` hands each depth's transitions to a function that
 writes them (into a replay, say); `rollout` keeps them all; `returns` keeps only sums of rewards.
 
-Truncation by a fixed threshold of disagreement; by MACURA's (Frauenknecht et al. 2024, "Trust the
-model where it trusts itself"); and M2AC's masks and penalty (Pan et al. 2020, "Trust the model when
-it is confident").
+`Rules` say when a row ends for doubt and which transitions count; `rollout_rules` makes them after
+MACURA, M2AC or a fixed threshold.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.models.dynamics import DynamicsModel, Scaling
+from mbrl_jax.models.dynamics import DynamicsModel
 from mbrl_jax.types import InputError, PyTree, Scalar, Transition
 
 Act = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,8 +26,6 @@ Act = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class Rules(NamedTuple):
     """What ends a row and which transitions count; None leaves a rule out, all may be traced."""
 
-    limits: tuple[jax.Array, jax.Array] | None = None
-    """Lowest and highest next observation, [D] each, to which predictions are clipped."""
     threshold: Scalar | Callable[[jax.Array], jax.Array] | None = None
     """A row ends, without this transition, once its disagreement is at the threshold or above; a
     function gets the disagreements [B] of depth 0 and gives the threshold of the whole rollout."""
@@ -97,9 +94,6 @@ def unroll(
         next_obs = jnp.where(finite[:, None], next_obs, obs)
         faults += jnp.sum(going & ~finite)
         alive = going & finite
-        if rules.limits is not None:
-            low, high = (limit[None] for limit in rules.limits)
-            next_obs = jnp.clip(next_obs, low, high)
         if callable(rules.threshold):
             of_first = jax.lax.cond(depth == 0, rules.threshold, lambda score: threshold, score)
             threshold = jnp.asarray(of_first, jnp.float32)
@@ -200,61 +194,3 @@ def returns(
     depths = jnp.arange(actions.shape[0])
     (_, _, total), _ = jax.lax.scan(step, start, (actions, depths))
     return total
-
-
-def obs_limits(scaling: Scaling, margin: Scalar = 1.0) -> tuple[jax.Array, jax.Array]:
-    """The range of the observations that a model was trained on, wider by `margin` times itself."""
-    wider = margin * (scaling.obs_high - scaling.obs_low)
-    return scaling.obs_low - wider, scaling.obs_high + wider
-
-
-def scheduled_length(
-    length: tuple[int, ...], growth: tuple[int, ...], env_steps: jax.Array
-) -> jax.Array:
-    """Steps of a rollout after `env_steps`, int32: linear between both ends, rounded down.
-
-    Janner et al. (2019), appendix C: from length[0] at growth[0] to length[1] at growth[1].
-    """
-    (shortest, longest), (begin, end) = length, growth
-    span = max(end - begin, 1)
-    # in whole numbers, since float32 would round
-    grown = jnp.clip(env_steps - begin, 0, span) * (longest - shortest) // span
-    return jnp.int32(shortest) + grown
-
-
-def length_of_small_error(errors: jax.Array, limit: Scalar, shortest: int) -> jax.Array:
-    """The longest rollout whose `errors` [T] after 1, 2, ... steps are all below `limit`; int32."""
-    return jnp.maximum(jnp.sum(jnp.cumprod(errors < limit)), shortest).astype(jnp.int32)
-
-
-class History(NamedTuple):
-    """The last n values of MACURA's threshold before it is averaged."""
-
-    values: jax.Array  # [n] float32
-    added: jax.Array  # [] int32, how many there ever were
-
-
-def empty_history(size: int = 2_000) -> History:
-    """Nothing was seen."""
-    return History(jnp.zeros(size), jnp.int32(0))
-
-
-def macura_threshold(
-    history: History, scores: jax.Array, xi: Scalar, zeta: Scalar
-) -> tuple[jax.Array, History]:
-    """MACURA's threshold and the history with this one added.
-
-    The mean over the history of xi times the `zeta`-th percentile of the disagreements [B] at the
-    first depth (Frauenknecht et al. 2024, section 4.2).
-    """
-    size = history.values.shape[0]
-    values = history.values.at[history.added % size].set(xi * jnp.percentile(scores, zeta))
-    added = history.added + 1
-    seen = jnp.minimum(added, size)
-    mean = jnp.sum(jnp.where(jnp.arange(size) < seen, values, 0.0)) / seen
-    return mean, History(values, added)
-
-
-def m2ac_share(depth: jax.Array, length: Scalar) -> jax.Array:
-    """The share of transitions that M2AC keeps at `depth` of a rollout: (H - i) / (2 (H + 1))."""
-    return (length - depth) / (2.0 * (length + 1.0))

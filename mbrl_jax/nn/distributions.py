@@ -73,3 +73,12 @@ def sample_categorical(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     index = jnp.arange(num_actions).reshape((1,) * (logits.ndim - 1) + (-1,))
     first = jnp.min(jnp.where(hit, index, num_actions), axis=-1)
     return jnp.minimum(first, num_actions - 1).astype(jnp.int32)  # NaN logits hit nothing
+
+
+def masked_logits(logits: jax.Array, legal: jax.Array) -> jax.Array:
+    """`logits` [B, A] with no chance for what is not in `legal` [B, A] bool.
+
+    Where nothing is legal, as in a final observation, all actions are equally likely.
+    """
+    # not infinity, which would make the entropy NaN
+    return jnp.where(legal, logits, -1e9)

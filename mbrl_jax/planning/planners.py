@@ -7,7 +7,6 @@ Bounds `low` and `high` are [A]; candidates [N, H, A] lie within them.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +54,7 @@ def start_cem(horizon: int, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def start_icem(horizon: int, low: jax.Array, high: jax.Array, num_kept: int) -> ICEMPlan:
-    """As `start_cem`, with `num_kept` places for elites: `kept_elites(num_elites, share)`."""
+    """As `start_cem`, with `num_kept` places for elites: `kept_elites(num_elites)`."""
     mean = start_cem(horizon, low, high)
     return ICEMPlan(mean, jnp.broadcast_to(mean, (num_kept, *mean.shape)), jnp.bool_(True))
 
@@ -72,9 +71,9 @@ def start_categorical_cem(horizon: int, num_actions: int) -> jax.Array:
     return jnp.full((horizon, num_actions), 1.0 / num_actions)
 
 
-def kept_elites(num_elites: int, share: float) -> int:
-    """How many elites iCEM carries over."""
-    return math.ceil(share * num_elites)
+def kept_elites(num_elites: int, share: float = 0.3) -> int:
+    """How many of `num_elites` iCEM carries over: the `share` of its authors, rounded down."""
+    return int(share * num_elites)
 
 
 def random_shooting(
@@ -157,11 +156,26 @@ def icem(
     decay: float = 1.3,
     beta: Scalar = 2.0,
 ) -> Result:
-    """Sample-efficient CEM (Pinneri et al. 2020), which returns the best sequence of all.
+    """iCEM, a CEM for few samples (Pinneri et al. 2020, algorithm 1).
 
-    Colored noise of exponent `beta`; the population falls by `decay` at each iteration, to no fewer
-    than twice the elites; elites are kept, within a step from one iteration to the next, and
-    shifted from one step to the next; the mean itself is a candidate of the last iteration.
+    Noise is coloured with exponent `beta`; the population falls by `decay` at each iteration, to no
+    fewer than twice the elites; the best elites stay candidates of every later iteration, and,
+    shifted by a step, of the next call's first; the mean itself is a candidate of the last
+    iteration. The plan's mean is shifted with its last entry repeated. The sequence is the best
+    candidate of the last iteration. Elites that stay are judged anew each time, so that a lucky
+    draw of a stochastic `value` does not stick.
+
+    Args:
+      value: what candidates [N, H, A] are worth, see `planning.Value`.
+      key: consumed.
+      plan: of the last call, or `start_icem` at an episode's start.
+      low, high: [A] bounds of an action.
+      num_samples: candidates of the first iteration.
+      num_elites: the best ones, to which the Gaussian is fitted.
+      iterations: how often candidates are drawn.
+      momentum: share of the old mean and deviation in the new ones.
+      decay: factor by which the population falls, 1 or more.
+      beta: exponent of the noise's spectrum 1 / f**beta, 0 is white.
 
     Raises:
       InputError: a count below 1, more elites than samples or kept ones than elites, or a decay
@@ -174,37 +188,30 @@ def icem(
     if decay < 1.0:
         raise InputError(f"decay = {decay}: expected 1 or more")
     low, high = jnp.asarray(low)[None], jnp.asarray(high)[None]
-    mean = _shifted(plan.mean, (low + high) / 2.0)
+    mean = _shifted(plan.mean, plan.mean[-1:])
     horizon, size = mean.shape
     std = jnp.broadcast_to((high - low) / 4.0, mean.shape)
-    kept = plan.elites
-    best, best_value = mean, jnp.float32(-jnp.inf)
     for i in range(iterations):
         draw_key, tail_key, value_key = jax.random.split(jax.random.fold_in(key, i), 3)
         count = max(int(num_samples * decay**-i), 2 * num_elites)
-        noise = colored_noise(draw_key, (count, size, horizon), beta)
-        candidates = mean[None] + std[None] * jnp.swapaxes(noise, 1, 2)
-        candidates = jnp.clip(candidates, low[None], high[None])
+        noise = jnp.swapaxes(colored_noise(draw_key, (count, size, horizon), beta), 1, 2)
         if i == 0:
-            tail = jax.random.uniform(tail_key, (num_kept, 1, size))
-            tail = low[None] + (high - low)[None] * tail
-            carried = jnp.concatenate([plan.elites[:, 1:], tail], axis=1)
-            # in an episode's first step random candidates stand in
-            carried = jnp.where(plan.fresh, candidates[:num_kept], carried)
-            candidates = jnp.concatenate([candidates, carried])
-        elif i < iterations - 1:
-            candidates = jnp.concatenate([candidates, kept])
-        if i == iterations - 1:
-            candidates = jnp.concatenate([candidates, mean[None]])
+            tail = jax.random.normal(tail_key, (num_kept, 1, size))
+            tail = jnp.clip(mean[None, -1:] + std[None, -1:] * tail, low[None], high[None])
+            kept = jnp.concatenate([plan.elites[:, 1:], tail], axis=1)
+        drawn = jnp.clip(mean[None] + std[None] * noise, low[None], high[None])
+        last = [mean[None]] if i == iterations - 1 else []
+        candidates = jnp.concatenate([drawn, kept, *last])
         worth = _ranked(value(candidates, value_key))
+        if i == 0:  # an episode's first step has no elites to take up
+            absent = jnp.arange(num_kept) + count
+            worth = jnp.where(plan.fresh, worth.at[absent].set(-jnp.inf), worth)
         top, index = jax.lax.top_k(worth, num_elites)
         elites = candidates[index]
-        best = jnp.where(top[0] > best_value, elites[0], best)
-        best_value = jnp.maximum(top[0], best_value)
         kept = elites[:num_kept]
         mean = momentum * mean + (1.0 - momentum) * jnp.mean(elites, axis=0)
         std = momentum * std + (1.0 - momentum) * jnp.std(elites, axis=0)
-    return Result(best[0], ICEMPlan(mean, kept, jnp.bool_(False)), best, best_value)
+    return Result(elites[0, 0], ICEMPlan(mean, kept, jnp.bool_(False)), elites[0], top[0])
 
 
 def mppi(
@@ -221,21 +228,22 @@ def mppi(
 ) -> Result:
     """Model-predictive path integrals with filtered noise (Nagabandi et al. 2020, PDDM, sec. 3.3).
 
-    Noise of deviation `sigma`, truncated at two of them, around the mean; each action is `beta`
-    of itself and the rest of the one before; candidates are averaged with the softmax weights of
-    `gamma` times their worth. If none is worth a finite number, the plan stays.
+    Gaussian noise of deviation `sigma` around the mean, which is shifted with its last entry
+    repeated; each action is `beta` of itself and the rest of the one before; candidates are clipped
+    and averaged with the softmax weights of `gamma` times their worth. If none is worth a finite
+    number, the plan stays.
 
     Raises:
       InputError: a count below 1.
     """
     _at_least(1, num_samples=num_samples, iterations=iterations)
     low, high = jnp.asarray(low)[None], jnp.asarray(high)[None]
-    mean = _shifted(plan.mean, (low + high) / 2.0)
+    mean = _shifted(plan.mean, plan.mean[-1:])
 
     def iteration(i: jax.Array, carry: Any) -> Any:
         mean, best_value = carry
         draw_key, value_key = jax.random.split(jax.random.fold_in(key, i))
-        noise = jax.random.truncated_normal(draw_key, -2.0, 2.0, (num_samples, *mean.shape))
+        noise = jax.random.normal(draw_key, (num_samples, *mean.shape))
         wanted = jnp.swapaxes(mean[None] + sigma * noise, 0, 1)
 
         def smooth(last: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Running agents: the compiled loop, the host driver, checkpoints, logs and devices."""
+"""Running agents: the compiled loop, the host driver, checkpoints, run folders and devices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,28 @@ from typing import TYPE_CHECKING
 from mbrl_jax import lazy
 
 if TYPE_CHECKING:
-    from mbrl_jax.runtime import checkpoint, devices, evaluate, logs, loop, plan, train
+    from mbrl_jax.runtime import (
+        checkpoint,
+        console,
+        devices,
+        evaluate,
+        folder,
+        logs,
+        loop,
+        plan,
+        train,
+    )
 
-__all__ = ["checkpoint", "devices", "evaluate", "logs", "loop", "plan", "train"]
+__all__ = [
+    "checkpoint",
+    "console",
+    "devices",
+    "evaluate",
+    "folder",
+    "logs",
+    "loop",
+    "plan",
+    "train",
+]
 
 __getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

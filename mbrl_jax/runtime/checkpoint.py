@@ -1,4 +1,4 @@
-"""Checkpoints with orbax: whole or absent, the newest three kept, damage found by digests."""
+"""Checkpoints with orbax: whole or absent, the newest few kept, damage found by digests."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.logs import write_whole
 from mbrl_jax.types import InputError, PyTree
 
-_KEPT = 3
 _DIGESTS = "sha256.json"  # of the files of a checkpoint, beside them
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run; step numbers count finished periods.
 
-    Each checkpoint bears `run`, what config.json says of its run, so that one of another run is
-    told apart. `write=False` leaves the folder as it is, for a look at a run that may be training.
+    Args:
+      folder: where the checkpoints lie.
+      run: what config.json says of the run. Each checkpoint bears it, so that one of another run
+        is told apart; `total_steps` does not count, since a run may be prolonged.
+      keep: how many of the newest stay; each `save` removes older ones.
+      write: False leaves the folder as it is, for a look at a run that may be training.
     """
 
-    def __init__(self, folder: Path, run: dict[str, Any], write: bool = True):
+    def __init__(self, folder: Path, run: dict[str, Any], keep: int = 3, write: bool = True):
         self.folder = folder.resolve()
-        self._run = run
+        self._run = _identity(run)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=_KEPT,
+            max_to_keep=keep,
             enable_async_checkpointing=False,
             create=write,
             lightweight_initialize=True,  # damage is for `restore` to tell
@@ -84,7 +87,7 @@ class Checkpoints:
             _check_digests(path)
             args = ocp.args.Composite(about=ocp.args.JsonRestore())
             about = self._manager.restore(step, args=args)["about"]
-            foreign = (about["run"], about["shapes"]) != (self._run, _shapes(wanted))
+            foreign = (_identity(about["run"]), about["shapes"]) != (self._run, _shapes(wanted))
             if not foreign:
                 args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
                 arrays = self._manager.restore(step, args=args)["state"]
@@ -108,6 +111,10 @@ class Checkpoints:
                     os.posix_fallocate(file.fileno(), 0, size)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _identity(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in run.items() if name != "total_steps"}
 
 
 def _arrays(state: PyTree) -> dict[str, Any]:

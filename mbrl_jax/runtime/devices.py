@@ -102,16 +102,24 @@ def seed_mode(mode: str, agent_state: PyTree) -> str:
     return "map" if has_networks and jax.default_backend() == "cpu" else "vmap"
 
 
+def state_bytes(state: PyTree) -> int:
+    """The size of all arrays of a state, or of shapes that stand for them."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
 def check_memory(state: PyTree, seeds: int) -> None:
     """Raises InputError where `seeds` states of one seed (shapes) cannot fit into memory."""
-    leaves = [
-        (math.prod(leaf.shape) * leaf.dtype.itemsize, jax.tree_util.keystr(path))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    ]
-    needed, free = seeds * sum(size for size, _ in leaves), _memory()
+    needed, free = seeds * state_bytes(state), _memory()
     if free is None or needed <= free:
         return
-    size, name = max(leaves)
+    size, name = max(
+        (_bytes(leaf), jax.tree_util.keystr(path))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    )
     raise InputError(
         f"the state of {seeds} seeds takes {needed / 2**30:.1f} GiB ({name} {size / 2**30:.2f} GiB "
         f"a seed), expected at most {free / 2**30:.1f} GiB, the memory there is; lower what fills "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import importlib.metadata
@@ -14,13 +15,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mbrl_jax.runtime.console import Output
 from mbrl_jax.types import InputError
 
 _FIRST = ("seed", "env_steps", "wall_seconds", "eval_return", "train_return")
 _PACKAGES = ("mbrl-jax", "jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "orbax-checkpoint")
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, `~` and `~name` at its start replaced by the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: no such home folder is known; give the whole path") from error
 
 
 def describe_machine() -> dict[str, Any]:
@@ -61,6 +70,17 @@ def config_fields(config: Any) -> dict[str, Any]:
 def write_config(out: Path, run: dict[str, Any]) -> None:
     """Writes `config.json`, whole or not at all."""
     write_whole(out / "config.json", json.dumps({"run": run, "made": describe_machine()}, indent=2))
+
+
+def write_total(out: Path, total_steps: int) -> None:
+    """Sets the `total_steps` of a run in `config.json`, whole or not at all.
+
+    The rest stays, `made` too: it tells how the run began.
+    """
+    config = json.loads((out / "config.json").read_text())
+    if config["run"]["total_steps"] != total_steps:
+        config["run"]["total_steps"] = total_steps
+        write_whole(out / "config.json", json.dumps(config, indent=2))
 
 
 def read_config(out: Path) -> dict[str, Any]:
@@ -130,10 +150,13 @@ class MetricsFile:
 
 
 class Display:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, a line now and then elsewhere.
+
+    Where it can no longer be shown (a closed pipe, a full disk) the run goes on without it.
+    """
 
     def __init__(self, total: int, done: int, shown: bool):
-        self._console = Console(stderr=True)
+        self._console = Output(stderr=True)
         self._total, self._done, self._shown = total, done, shown
         self._start, self._first, self._last_line = time.perf_counter(), done, -np.inf
         self._bar: Progress | None = None
@@ -156,15 +179,19 @@ class Display:
         column = metrics.get("eval_return", metrics["train_return"])
         newest = np.mean(column[~np.isnan(column)]) if not np.all(np.isnan(column)) else np.nan
         text = f"step {env_steps:,} of {self._total:,} | {rate:,.0f} steps/s | return {newest:.3f}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=env_steps, description=text)
-        elif time.perf_counter() - self._last_line > 2.0 or env_steps >= self._total:
-            self._last_line = time.perf_counter()
-            self._console.print(text, highlight=False)
+        try:
+            if self._bar is not None:
+                self._bar.update(self._task, completed=env_steps, description=text)
+            elif time.perf_counter() - self._last_line > 2.0 or env_steps >= self._total:
+                self._last_line = time.perf_counter()
+                self._console.print(text, highlight=False)
+        except OSError:
+            self._shown = False
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
 
 
 def draw_curve(out: Path, label: str) -> None:

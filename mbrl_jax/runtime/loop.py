@@ -108,7 +108,7 @@ def make_train(
         of its bounds, a warm-up that leaves no step, or a state that does not fit into memory.
     """
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
-    default = definition.config_for(env.spec.id)
+    default = definition.config_for(env.spec)
     make_agent(definition, env.spec, default)
     check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
 

@@ -24,7 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mbrl_jax.agents import AGENTS, AgentDef
 from mbrl_jax.envs import Env, make_env
 from mbrl_jax.runtime import devices, logs
-from mbrl_jax.runtime.loop import Plan, Program, RunState, make_program
+from mbrl_jax.runtime.folder import Saving, prepare
+from mbrl_jax.runtime.loop import Evaluate, Program, RunState, make_program
+from mbrl_jax.runtime.plan import Plan
 from mbrl_jax.types import Agent, InputError, PyTree
 
 
@@ -69,8 +71,11 @@ def train(
     eval_episodes: int = 10,
     eval_max_steps: int | None = None,
     seed_mode: str = "auto",
+    checkpoint_every: int | None = None,
+    keep_checkpoints: int = 3,
     resume: bool = False,
     progress: bool = False,
+    evaluate: Evaluate | None = None,
     **overrides: Any,
 ) -> Result:
     """Trains `seeds` independent runs of an agent at once.
@@ -78,14 +83,24 @@ def train(
     Args:
       agent: a name in `AGENTS`, or a definition of one's own.
       env: an id for `make_env`, or an environment from it.
-      total_steps, eval_every, eval_episodes, eval_max_steps: as in `make_train`.
+      total_steps, eval_every, eval_episodes, eval_max_steps, evaluate: as in `make_train`.
       seeds: how many; run i has the same key for every number of seeds above i.
       out: a run folder to write: config.json, metrics.csv, checkpoints/, curve.png. Nothing is
         written without it.
       seed: of the key from which the runs' keys are split.
       seed_mode: "vmap" runs a device's seeds in one batch, "map" one after another, "auto" takes
         map on a CPU for agents with networks.
-      resume: go on from the newest checkpoint in `out`.
+      checkpoint_every: environment steps of a seed between two checkpoints in `out`, rounded up to
+        whole evaluation periods. By default a state of up to 64 MiB (all seeds) is written at every
+        evaluation; a larger one so rarely that an evaluation costs 64 MiB of writing on average,
+        but four times a run at least (`folder.default_spacing`). The end of the run and a
+        signal are always saved. What a kill loses is the time since the newest checkpoint: a
+        resume trains it again, to the same bits.
+      keep_checkpoints: how many of the newest stay; `out` holds one more while it is written.
+      resume: go on from the newest checkpoint in `out`. Its periods hold where `eval_every` is not
+        given, and `checkpoint_every`, `keep_checkpoints` and `total_steps` may change: a run goes
+        on to a larger total as the longer run would have gone, bit for bit, since no agent knows
+        the total (schedules count steps). The new total has to have the same periods.
       progress: show steps/s and the newest return.
       **overrides: fields of the agent's config.
 
@@ -94,19 +109,24 @@ def train(
 
     Raises:
       InputError: bad input, before anything compiles or is written; a folder that holds another
-        run; a damaged checkpoint; a full disk.
+        run, or one that has done more than `total_steps`; a damaged checkpoint; a full disk.
       Stopped: SIGINT or SIGTERM came while `out` was being written, and the run is saved.
       Diverged: a metric of the agent, a reward or an observation was NaN or infinite.
     """
     if resume and out is None:
         raise InputError("resume = True: expected `out`, the folder of the run to go on with")
+    saving = Saving(checkpoint_every, keep_checkpoints)
+    saving.check()
+    out = None if out is None else logs.user_path(out)
+    if resume and eval_every is None and out is not None and (out / "config.json").exists():
+        eval_every = logs.read_config(out).get("eval_every")
     job = make_job(
         agent, env, total_steps, seeds, seed, eval_every, eval_episodes, eval_max_steps, seed_mode,
-        overrides,
+        overrides, evaluate,
     )  # fmt: skip
     if out is None:
         return _run_in_memory(job, progress)
-    return _run_in_folder(job, Path(out), resume, progress)
+    return _run_in_folder(job, out, resume, progress, saving)
 
 
 class Job(NamedTuple):
@@ -152,16 +172,17 @@ def make_job(
     eval_max_steps: int | None,
     seed_mode: str,
     overrides: dict[str, Any],
+    evaluate: Evaluate | None = None,
 ) -> Job:
     """Checks the arguments of `train`; compiles nothing and touches no file."""
     definition = agent if isinstance(agent, AgentDef) else AGENTS[agent]
     env = make_env(env) if isinstance(env, str) else env
-    config = definition.config_for(env.spec.id, **overrides)
+    config = definition.config_for(env.spec, **overrides)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise InputError(f"seeds = {seeds!r}: expected a whole number, 1 or more")
     devices.check_seed(seed)
     program = make_program(
-        definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps
+        definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps, evaluate
     )
     shapes = jax.eval_shape(program.init, jax.random.key(0), config)
     run = {
@@ -177,6 +198,8 @@ def make_job(
         "seed_mode": seed_mode,
         "config": logs.config_fields(config),
     }
+    if evaluate is not None:
+        run["evaluate"] = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
     devices.check_memory(shapes, seeds)
     mode = devices.seed_mode(seed_mode, shapes.agent)
     built = definition.make(config, env.spec)
@@ -189,10 +212,11 @@ def load_job(out: Path) -> Job:
     run = logs.read_config(out)
     try:
         env = make_env(run["env"], **run["env_args"])
-        return make_job(
+        job = make_job(
             run["agent"], env, run["total_steps"], run["seeds"], run["seed"], run["eval_every"],
             run["eval_episodes"], run["eval_max_steps"], run["seed_mode"], run["config"],
         )  # fmt: skip
+        return job._replace(run=run)  # an evaluation of one's own is known by its name alone
     except (KeyError, TypeError) as error:
         raise InputError(f"{out / 'config.json'} is damaged ({error!r})") from error
 
@@ -211,9 +235,16 @@ def _chunks(
     run = init(job.keys(), config) if run is None else run
     for period in range(first, job.program.plan.periods):
         run, metrics = chunk(run, config, jnp.int32(period))
-        metrics = devices.to_host(metrics)
+        metrics = _means(devices.to_host(metrics))
         display.update(job.program.plan.env_steps(period), job.run["seeds"], metrics)
         yield period, run, metrics
+
+
+def _means(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A mean over no episode is NaN, which the program must not give under JAX_DEBUG_NANS."""
+    none = metrics["train_episodes"] == 0
+    names = ("train_return", "train_length")
+    return metrics | {name: np.where(none, np.float32(np.nan), metrics[name]) for name in names}
 
 
 def _run_in_memory(job: Job, progress: bool) -> Result:
@@ -230,19 +261,28 @@ def _run_in_memory(job: Job, progress: bool) -> Result:
     return Result(learner, {"env_steps": env_steps, **history})
 
 
-def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
+def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool, saving: Saving) -> Result:
     from mbrl_jax.analysis import runs
     from mbrl_jax.runtime.checkpoint import Checkpoints
 
     plan, leader = job.program.plan, jax.process_index() == 0
-    devices.on_leader(_prepare, out, job.run, resume)
+    devices.on_leader(prepare, out, job.run, plan, resume)
+    folder = out / "checkpoints"
     try:
-        with closing(Checkpoints(out / "checkpoints", job.run)) as checkpoints:
-            newest = checkpoints.newest()
-            state = None if newest is None else checkpoints.restore(newest, job.like())
-            first = 0 if newest is None else newest
-            metrics_file = logs.MetricsFile(out)
+        with closing(Checkpoints(folder, job.run, saving.keep_checkpoints)) as checkpoints:
+            like = job.like()
+            spacing = saving.spacing(plan, like)
+            saved = checkpoints.newest()
+            first = saved or 0
             done = plan.env_steps(first - 1) if first else 0
+            if first > plan.periods:
+                raise InputError(
+                    f"total_steps = {job.run['total_steps']}: the run in {out} has done {done:,} "
+                    "steps; expected at least as many, or another --out"
+                )
+            state = None if saved is None else checkpoints.restore(saved, like)
+            devices.on_leader(logs.write_total, out, job.run["total_steps"])
+            metrics_file = logs.MetricsFile(out)
             before = devices.on_leader(metrics_file.cut, done) or 0.0
             start = time.perf_counter()
             display = logs.Display(plan.env_steps(plan.periods - 1), done, progress and leader)
@@ -252,9 +292,15 @@ def _run_in_folder(job: Job, out: Path, resume: bool, progress: bool) -> Result:
                     wall = before + time.perf_counter() - start
                     devices.on_leader(metrics_file.append, plan.env_steps(period), wall, metrics)
                     if (fault := _fault(metrics)) is not None:
-                        raise Diverged(fault, plan.env_steps(period), _last_good(plan, period, out))
-                    checkpoints.save(period + 1, state)
+                        last = _last_good(plan, saved, folder)
+                        raise Diverged(fault, plan.env_steps(period), last)
+                    number = period + 1
+                    if number % spacing == 0 or number == plan.periods:
+                        checkpoints.save(number, state)
+                        saved = number
                     if devices.any_process(bool(received)):
+                        if saved != number:
+                            checkpoints.save(number, state)
                         signum = received[0] if received else signal.SIGTERM
                         raise Stopped(signum, out, plan.env_steps(period))
         if leader:
@@ -290,53 +336,12 @@ def _fault(metrics: dict[str, np.ndarray]) -> str | None:
     return " and ".join(faults) or None
 
 
-def _last_good(plan: Plan, period: int, out: Path) -> str:
-    if period == 0:
-        return f"there is no checkpoint yet in {out}"
-    path = out / "checkpoints" / str(period)
-    return f"the last good checkpoint is {path}, of step {plan.env_steps(period - 1):,}"
-
-
-def _prepare(out: Path, run: dict[str, Any], resume: bool) -> None:
-    """Checks that `out` may be written, and writes `config.json` where the run is new."""
-    try:
-        if (out / "config.json").exists():
-            if not resume:
-                raise InputError(f"{out} holds a run; add --resume to go on, or take another --out")
-            _compare(logs.read_config(out), run, out)
-            return
-        # a file that a kill left half-written is nobody's
-        if out.exists() and (
-            not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())
-        ):
-            raise InputError(f"{out} holds other things than a run; take another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        logs.write_config(out, run)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; take another --out") from error
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    old, new = _flat(old), _flat(new)
-    for name in sorted(old.keys() | new.keys()):
-        a, b = old.get(name), new.get(name)
-        if a != b:
-            raise InputError(
-                f"--resume: {name} is {b!r}, but the run in {out} has {a!r}; give the same, or "
-                "take another --out"
-            )
-
-
-def _flat(run: dict[str, Any]) -> dict[str, Any]:
-    def named(prefix: str, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        for name, value in fields.items():
-            if isinstance(value, dict):
-                yield from named(f"{prefix}{name}.", value)
-            else:
-                yield f"{prefix}{name}", value
-
-    rest = {name: value for name, value in run.items() if name != "config"}
-    return dict(named("agent.", run["config"])) | rest
+def _last_good(plan: Plan, saved: int | None, folder: Path) -> str:
+    if saved is None:
+        return f"there is no checkpoint yet in {folder.parent}"
+    return (
+        f"the last good checkpoint is {folder / str(saved)}, of step {plan.env_steps(saved - 1):,}"
+    )
 
 
 @contextmanager
