@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mbrl_jax.search import backup, schedule, vmapping
 from mbrl_jax.search import forest as forests
 from mbrl_jax.search import tree as trees
-from mbrl_jax.search.base import Budget, Lanes, Params, RecurrentFn, Tree, record
+from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree, record
 from mbrl_jax.search.candidates import (
     Halving,
     considered_score,
@@ -33,7 +33,7 @@ from mbrl_jax.search.candidates import (
 )
 from mbrl_jax.search.forest import Forest
 from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
-from mbrl_jax.search.root import takes_traced_bounds
+from mbrl_jax.search.root import logits_of, masked, takes_traced_bounds
 from mbrl_jax.search.vmapping import Model
 from mbrl_jax.types import InputError
 
@@ -66,6 +66,34 @@ def improved_policy(values: Values) -> Rule:
     return rule
 
 
+def lanes_of(
+    key: jax.Array,
+    root: Any,
+    invalid: jax.Array,
+    transform: Transform,
+    scale: Number,
+    with_masks: bool,
+) -> Lanes:
+    """The lanes of a Gumbel search.
+
+    Args:
+      key: consumed, for the noise.
+      root: as in `muzero_policy`.
+      invalid: [B, A] bool.
+      transform: of the values.
+      scale: [] of the noise.
+      with_masks: whether `invalid` is looked at.
+    """
+    logits = logits_of(root, invalid)
+    if with_masks:
+        logits = masked(logits, invalid)
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return Lanes(
+        logits, jnp.asarray(root.value, jnp.float32), root.embedding, invalid,
+        gumbel=jnp.float32(scale) * noise, closed=transform.for_roots(logits.shape[0]),
+    )  # fmt: skip
+
+
 def search(
     params: Params,
     key: jax.Array,
@@ -73,7 +101,7 @@ def search(
     lanes: Lanes,
     transform: Transform,
     budget: Budget,
-    most: int,
+    max_considered: int,
     halve_once: bool,
     with_masks: bool,
 ) -> tuple[Tree, jax.Array]:
@@ -84,13 +112,23 @@ def search(
       lanes: what the roots bring, `gumbel` and `closed` among it.
       transform: of the values.
       budget: how far to go.
-      most: actions that a root considers at most.
+      max_considered: actions that a root considers at most.
       halve_once: see `gumbel_muzero_policy`.
-      with_masks: whether roots may have fewer actions than `most`.
+      with_masks: whether roots may have invalid actions.
 
     Raises:
-      InputError: a loop function that runs Python ints alone, with `halve_once`.
+      InputError: no action to consider; a transform that reads the range of the whole tree; a loop
+        function that runs Python ints alone, with `halve_once`.
     """
+    if max_considered < 1:
+        raise InputError(f"max_num_considered_actions = {max_considered}: expected 1 or more")
+    if not transform.local:
+        raise InputError(
+            "qtransform reads the range of the whole tree, as qtransform_by_tree_min_max: expected "
+            "a transform that sees one node alone, such as qtransform_completed_by_mix_value; the "
+            "tree's is for muzero_policy"
+        )
+    most = min(max_considered, lanes.prior_logits.shape[1])
     rounds = schedule.rounds_of(most, budget.num_simulations, halve_once)
     among = range(most + 1) if with_masks else range(most, most + 1)
     traced_bounds = takes_traced_bounds(budget.loop_fn)

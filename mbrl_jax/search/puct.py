@@ -14,7 +14,7 @@ from mbrl_jax.search import forest as forests
 from mbrl_jax.search import tree as trees
 from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree
 from mbrl_jax.search.forest import Forest
-from mbrl_jax.search.node import Node, Rule, Transform, Values, best
+from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
 from mbrl_jax.search.root import takes_traced_bounds
 from mbrl_jax.search.vmapping import Model
 from mbrl_jax.types import InputError
@@ -66,13 +66,14 @@ def scores(values: Values, lanes: Lanes, node: Node) -> jax.Array:
     return values(node) + bonus
 
 
-def rule_of(values: Values, lanes: Lanes) -> Rule:
+def rule_of(transform: Transform, lanes: Lanes) -> Rule:
     """PUCT as a rule: the action of the greatest score, ties broken at random once for each node.
 
     Args:
-      values: the transform.
+      transform: of the values.
       lanes: what the roots bring.
     """
+    values = values_of(transform, lanes.closed)
 
     def rule(node: Node) -> jax.Array:
         found = scores(values, lanes, node)
