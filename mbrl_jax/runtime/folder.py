@@ -18,7 +18,8 @@ def default_spacing(state_bytes: int, periods: int) -> int:
 
     A state of up to 64 MiB is written at every evaluation. A larger one is written so rarely that
     an evaluation costs 64 MiB of writing on average, but four times a run at least, so that a kill
-    loses no more than a quarter of it.
+    loses no more than a quarter of it. Writing, with its digests, took 1.5 s for 64 MiB and 15 s
+    for 512 MiB on two busy CPU cores with a virtual disk.
 
     Args:
       state_bytes: size of the state of all seeds.
