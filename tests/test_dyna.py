@@ -337,6 +337,6 @@ def test_the_command_line_asks_for_loops_as_kernels(agent, asks, monkeypatch):
     monkeypatch.setattr(devices, "loops_as_kernels", lambda: calls.append("asked"))
     monkeypatch.setattr(command_line, "_start_backend", lambda *_: calls.append("started"))
     monkeypatch.setattr(command_line, "_train_with", lambda *_: 0)
-    command = ["train", agent, "--env", "CartPole-v1", "--total-steps", "10"]
+    command = ["train", agent, "--env", "CartPole-v1", "--total-steps", "10", "--out", "runs/x"]
     assert command_line.main(command) == 0
     assert calls == ["asked", "started"] if asks else ["started"]
