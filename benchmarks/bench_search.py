@@ -9,7 +9,7 @@ and whether the visits at all roots agree.
 
 Two more tables. `levels`: what runs one after another in a search on an accelerator, calls of the
 network and levels that walks of the trees take, both told from the depths of the nodes, for `mlp`
-and 32 roots (a CPU takes narrower batches, see `halving.CPU`); and, where there is an accelerator,
+and 32 roots (a CPU takes narrower batches, see `schedule.CPU`); and, where there is an accelerator,
 the kernels that a profile of one search counts, copies among them, and how often the host waits for
 a number. `seeds`: a search under vmap, of 8 seeds with parameters of their own, against one search
 of as many roots with one seed's, and the same for as many calls of the network alone.
@@ -53,8 +53,8 @@ from common import Record, alternate, line, markdown, options, ratio_text, ratio
 from search_models import FUNCTIONS, STATE, weights
 
 from mbrl_jax import search
-from mbrl_jax.search import halving
-from mbrl_jax.search.trees import node_depths
+from mbrl_jax.search import schedule
+from mbrl_jax.search.tree import node_depths
 
 POLICIES = ("gumbel_muzero_policy", "muzero_policy")
 LEAST_SECONDS = 0.05
@@ -170,9 +170,9 @@ def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> d
     calls, own = num_simulations, int(depth[0].sum())
     if policy == "gumbel_muzero_policy":
         most = min(16, num_actions)
-        rounds = halving.schedule(most, num_simulations)
+        rounds = schedule.rounds_of(most, num_simulations)
         calls = own = first = 0
-        for group in halving.plan(rounds, range(most, most + 1), batch, halving.ACCELERATOR):
+        for group in schedule.plan(rounds, range(most, most + 1), batch, schedule.ACCELERATOR):
             for i in range(group.first, group.end):
                 among, commit = (int(x[most, i]) for x in (rounds.candidates, rounds.visits))
                 deep = depth[0][first : first + commit]

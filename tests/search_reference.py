@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ Step = Callable[[int, int], tuple[float, float, np.ndarray, float, int]]
 class Node:
     logits: np.ndarray
     raw: float
-    state: int
+    state: Any
     depth: int
     reward: float = 0.0
     discount: float = 0.0
@@ -54,14 +55,19 @@ def parent_and_siblings(node):
     return (np.where(visited, node.qvalues, low) - low) / max(high - low, 1e-8)
 
 
-def completed(node):
+def min_max(node, low, high):
+    return (np.where(node.counts > 0, node.qvalues, low) - low) / (high - low)
+
+
+def completed(node, value_scale=0.1, maxvisit_init=50, rescale=True, mix=True):
     counts, q, prior = node.counts, node.qvalues, np.maximum(node.prior, 1e-38)
     visited, total = counts > 0, counts.sum()
     weighted = (prior * q)[visited].sum() / prior[visited].sum() if visited.any() else 0.0
-    mixed = (node.raw + total * weighted) / (total + 1)
-    q = np.where(visited, q, mixed)
-    q = (q - q.min()) / max(q.max() - q.min(), 1e-8)
-    return (50 + counts.max()) * 0.1 * q
+    missing = (node.raw + total * weighted) / (total + 1) if mix else node.raw
+    q = np.where(visited, q, missing)
+    if rescale:
+        q = (q - q.min()) / max(q.max() - q.min(), 1e-8)
+    return (maxvisit_init + counts.max()) * value_scale * q
 
 
 def puct(node, init=1.25, base=19652, transform=parent_and_siblings):
@@ -89,8 +95,8 @@ class TreeRange:
         self.low, self.high = min(self.low, qvalue), max(self.high, qvalue)
 
 
-def improved(node):
-    logits = node.logits + completed(node)
+def improved(node, transform=completed):
+    logits = node.logits + transform(node)
     policy = np.exp(logits - logits.max())
     return policy / policy.sum() - node.counts / (1 + node.counts.sum())
 
@@ -135,10 +141,13 @@ def run(root, step: Step, choose_root, rule, num_simulations, max_depth=None, se
     return root
 
 
-def muzero(root, step, num_simulations, invalid, max_depth=None, tree_range=False):
+def muzero(
+    root, step, num_simulations, invalid, max_depth=None, tree_range=False,
+    transform=parent_and_siblings,
+):  # fmt: skip
     """Visits [A] of PUCT from priors that have their noise already; a root's visits count."""
     seen = TreeRange(root) if tree_range else None
-    rule = functools.partial(puct, transform=seen or parent_and_siblings)
+    rule = functools.partial(puct, transform=seen or transform)
 
     def choose(node, _):
         return int(np.argmax(np.where(invalid, -np.inf, rule(node))))
@@ -146,7 +155,40 @@ def muzero(root, step, num_simulations, invalid, max_depth=None, tree_range=Fals
     return run(root, step, choose, rule, num_simulations, max_depth, seen).counts
 
 
-def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None, halve_once=False):
+def stochastic(
+    root, decide, answer, num_simulations, invalid, tree_range=False, transform=parent_and_siblings
+):
+    """Visits [A] of PUCT at states, and at afterstates of the outcome most behind its share.
+
+    `decide` (state, action) -> logits [C], value, afterstate; `answer` (afterstate, outcome) ->
+    reward, discount, logits [A], value, state.
+    """
+    root = Node(root.logits, root.raw, (root.state, False), 0)
+    seen = TreeRange(root) if tree_range else None
+
+    def step(state, choice):
+        place, is_afterstate = state
+        if is_afterstate:
+            *found, after = answer(place, choice)
+            return (*found, (after, False))
+        logits, value, after = decide(place, choice)
+        return 0.0, 1.0, logits, value, (after, True)
+
+    def rule(node):
+        if node.state[1]:
+            return node.prior / (node.counts + 1)
+        return puct(node, transform=seen or transform)
+
+    def choose(node, _):
+        return int(np.argmax(np.where(invalid, -np.inf, rule(node))))
+
+    return run(root, step, choose, rule, num_simulations, None, seen).counts
+
+
+def gumbel(
+    root, step, num_simulations, noise, most, invalid, max_depth=None, halve_once=False,
+    transform=completed,
+):  # fmt: skip
     """Visits [A] and action weights [A] of sequential halving.
 
     Scored anew at every simulation or, as in algorithm 2 of the paper, once for each phase.
@@ -155,7 +197,8 @@ def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None, ha
     left = []
 
     def choose(node, i):
-        score = np.maximum(-1e9, noise + node.logits - node.logits.max() + completed(node))
+        added = transform(node)
+        score = np.maximum(-1e9, noise + node.logits - node.logits.max() + added)
         score = np.where((node.counts == table[i]) & ~invalid, score, -np.inf)
         if not halve_once:
             return int(np.argmax(score))
@@ -165,7 +208,8 @@ def gumbel(root, step, num_simulations, noise, most, invalid, max_depth=None, ha
             left.extend(np.argsort(-score, kind="stable")[:size].tolist())
         return left.pop(0)
 
-    run(root, step, choose, improved, num_simulations, max_depth)
-    logits = np.where(invalid, -np.inf, root.logits + completed(root))
+    rule = functools.partial(improved, transform=transform)
+    run(root, step, choose, rule, num_simulations, max_depth)
+    logits = np.where(invalid, -np.inf, root.logits + transform(root))
     weights = np.exp(logits - logits.max())
     return root.counts, weights / weights.sum()

@@ -5,15 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax import search
-from mbrl_jax.search import halving
+from mbrl_jax.search import schedule
 
 STATES = 4_096
-MACHINES = {"alone": halving.Machine(128, 1, 1), "whole": halving.Machine(16384, 16384, 1024)}
+MACHINES = {"alone": schedule.Machine(128, 1, 1), "whole": schedule.Machine(16384, 16384, 1024)}
 """One simulation after the other, and whole rounds."""
 
 
-def world(seed, num_actions, discount, scale, ties=False):
-    """A random world as tables: its model's parameters. `ties` draws few different numbers."""
+def world(seed, num_actions, discount, scale, ties=False, hidden=False):
+    """A random world as tables: its model's parameters.
+
+    `ties` draws few different numbers; `hidden` masks half of the actions by logits of -1e9, but
+    for the first 8 states, which are roots.
+    """
     rng = np.random.default_rng(seed)
     draw = rng.standard_normal
 
@@ -28,6 +32,8 @@ def world(seed, num_actions, discount, scale, ties=False):
         "discount": np.full(STATES, discount, np.float32),
         "next": rng.integers(0, STATES, (STATES, num_actions), np.int32),
     }
+    if hidden:
+        tables["logits"][8:][invalid_of(seed, STATES - 8, num_actions)] = -1e9
     return jax.tree.map(jnp.asarray, tables)
 
 
@@ -38,6 +44,26 @@ def model(params, key, action, state):
         prior_logits=params["logits"][state], value=params["value"][state],
     )  # fmt: skip
     return out, state
+
+
+def chance_functions(num_actions):
+    """Decisions and answers of a world whose choices are `num_actions` actions, then outcomes."""
+
+    def decide(params, key, action, state):
+        after = params["next"][state, action]
+        return search.DecisionRecurrentFnOutput(
+            chance_logits=params["logits"][after, num_actions:],
+            afterstate_value=params["value"][after],
+        ), after  # fmt: skip
+
+    def answer(params, key, outcome, state):
+        after = params["next"][state, num_actions + outcome]
+        return search.ChanceRecurrentFnOutput(
+            action_logits=params["logits"][after, :num_actions], value=params["value"][after],
+            reward=params["reward"][after], discount=params["discount"][after],
+        ), after  # fmt: skip
+
+    return decide, answer
 
 
 def root_of(params, batch):
@@ -56,25 +82,67 @@ def step_of(params):
     return step
 
 
+def chance_steps_of(params, num_actions):
+    """`chance_functions` for the reference."""
+
+    def decide(state, action):
+        after = int(params["next"][state, action])
+        logits = np.float64(params["logits"][after, num_actions:])
+        return logits, float(params["value"][after]), after
+
+    def answer(state, outcome):
+        after = int(params["next"][state, num_actions + outcome])
+        number = (float(params[name][after]) for name in ("reward", "discount"))
+        logits = np.float64(params["logits"][after, :num_actions])
+        return (*number, logits, float(params["value"][after]), after)
+
+    return decide, answer
+
+
+def first_actions(tree):
+    """Of the roots' children that were passed through: their action, and the first one of theirs.
+
+    -> arrays [n], and the root of each.
+    """
+    tree = jax.tree.map(np.asarray, tree)
+    found = []
+    for i, parents in enumerate(tree.parents):
+        for child in np.flatnonzero(parents == 0):
+            below = np.flatnonzero(parents == child)
+            if len(below):
+                own, first = tree.action_from_parent[i, [child, below.min()]]
+                found.append((own, first, i))
+    return np.array(found).T
+
+
 def invalid_of(seed, batch, num_actions):
     mask = np.random.default_rng(seed).random((batch, num_actions)) < 0.5
     mask[:, 0] &= ~mask.all(axis=1)
     return mask
 
 
-def searcher(library, policy, batch, num_simulations, **options):
-    """(params, invalid or None) -> PolicyOutput, compiled once for worlds of one shape."""
+def first_in_order(lanes, node, found):
+    """In place of PUCT's order among equals: the first action, as mctx without its noise."""
+    return jnp.zeros(found.shape, jnp.int32)
+
+
+def searcher(library, policy, batch, num_simulations, transform=None, **options):
+    """(params, invalid or None, x) -> PolicyOutput, compiled once for worlds of one shape.
+
+    `transform` makes the qtransform of x, a number.
+    """
 
     @jax.jit
-    def made(params, key, invalid):
+    def made(params, key, invalid, x):
+        chosen = {} if transform is None else {"qtransform": transform(x)}
         return getattr(library, policy)(
             params, key, root_of(params, batch), model, num_simulations, invalid_actions=invalid,
-            **options,
+            **chosen, **options,
         )  # fmt: skip
 
-    def run(params, invalid=None):
+    def run(params, invalid=None, x=0.0):
         invalid = None if invalid is None else jnp.asarray(invalid, jnp.float32)
-        return made(params, jax.random.key(5), invalid)
+        return made(params, jax.random.key(5), invalid, jnp.float32(x))
 
     return run
 

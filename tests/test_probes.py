@@ -99,8 +99,8 @@ def test_ppo_learns_the_exact_values_and_the_best_actions(discrete):
         "ppo", discrete, 20_000, num_envs=16, num_steps=16, epochs=4, minibatches=2,
         learning_rate=5e-3, gae_lambda=0.9, value_clip=False,
     )  # fmt: skip
-    critic, actor = (net(spec, cfg.hidden, cfg.activation) for net in (ppo.Critic, ppo.Actor))
-    values = over_runs(lambda params: critic.apply(params.critic, OBS), params)
+    actor = networks.PolicyNetwork(spec, cfg.hidden, cfg.activation)
+    values = over_runs(lambda params: ppo.values(cfg, spec, params.critic, OBS), params)
     check(values, lambda world: world.values, rtol=0.02, atol=0.05)
 
     def chance(params):

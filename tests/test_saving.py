@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,9 +29,11 @@ from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.__main__ import main
 from mbrl_jax.runtime import folder
 from mbrl_jax.runtime.evaluate import evaluate_run, evaluation_keys
-from mbrl_jax.runtime.folder import default_spacing
+from mbrl_jax.runtime.folder import default_spacing, other_periods
 from mbrl_jax.runtime.loop import make_program
+from mbrl_jax.runtime.plan import make_plan
 from mbrl_jax.runtime.train import make_job
+from mbrl_jax.types import Schedule
 
 LONG = {**SHORT, "total_steps": 500}  # 10 periods instead of 6
 MIB = 2**20
@@ -184,8 +188,7 @@ def test_divergence_names_the_newest_checkpoint(lake, tmp_path, monkeypatch):
 # another total
 
 
-@pytest.mark.parametrize("cut", [None, 1, 4])
-@pytest.mark.parametrize("eval_every", [None, 50])
+@pytest.mark.parametrize(("cut", "eval_every"), [(None, None), (None, 50), (4, None)])
 def test_a_larger_total(cut, eval_every, lake, short, long, tmp_path):
     out = tmp_path / "run"
     if cut is None:
@@ -222,7 +225,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("agent", OTHERS)
+@pytest.mark.parametrize(
+    "agent",
+    [
+        pytest.param(name, marks=() if name in ("dyna_q_plus", "dqn") else pytest.mark.slow)
+        for name in OTHERS
+    ],
+)
 def test_a_larger_total_with_every_kind_of_agent(agent, tmp_path):
     env_id, arguments, fields = OTHERS[agent]
     env = make_env(env_id, **arguments)
@@ -241,7 +250,7 @@ def test_no_agent_knows_the_total(agent):
     if agent in SMALL and agent not in CONTINUOUS:
         env = make_env("CartPole-v1")
     definition = AGENTS[agent]
-    config = definition.config_for(env.spec.id, **SMALL.get(agent, {}))
+    config = definition.config_for(env.spec, **SMALL.get(agent, {}))
     programs = []
     for total in (64, 6400):
         warmup = config.warmup_steps if hasattr(config, "warmup_steps") else 0
@@ -301,18 +310,27 @@ def test_a_total_with_other_periods(lake, run, long):
     assert_same_results(run, long)
 
 
-def test_the_totals_named_fit_with_a_warm_up(tmp_path):
-    env = make_env("CartPole-v1")
-    run = {"eval_episodes": 0, "num_envs": 4, **SMALL["ppo"]}
-    train("ppo", env, 192, out=tmp_path / "ppo", eval_every=64, **run)
-    with pytest.raises(InputError, match="such as 320 or 384,"):
-        train("ppo", env, 330, out=tmp_path / "ppo", resume=True, **run)
-    run = {"eval_episodes": 0, **SMALL["dqn"]}
-    train("dqn", env, 16 + 60, out=tmp_path / "dqn", eval_every=30, **run)
-    with pytest.raises(InputError, match=r"every 30; .* such as 136 or 166,"):
-        train("dqn", env, 140, out=tmp_path / "dqn", resume=True, **run)
-    for total in (136, 166):
-        train("dqn", env, total, out=tmp_path / "dqn", resume=True, **run)
+def test_the_totals_named_fit():
+    """Whatever the agent's schedule: with a warm-up, a prefill, several environments."""
+    refused = 0
+    for num_envs, warmup, prefill, spu in itertools.product((1, 3), (0, 7), (0, 5), (1, 4)):
+        schedule = Schedule(num_envs, warmup, spu, prefill_steps=prefill)
+        for first, total in itertools.product((90, 130), range(131, 400, 9)):
+            old = make_plan("agent", schedule, first, 30)
+            period = num_envs * old.steps_per_period
+            new = make_plan("agent", schedule, total, period)
+            if new.steps_per_period == old.steps_per_period:
+                continue
+            refused += 1
+            run = {"total_steps": total, "eval_every": num_envs * new.steps_per_period}
+            said = other_periods(run, new, period, Path("run"))
+            near = [int(number) for number in re.search(r"such as (\d+) or (\d+),", said).groups()]
+            assert near[0] < total < near[1] == near[0] + period
+            for fits in near:
+                plan = make_plan("agent", schedule, fits, period)
+                assert plan.steps_per_period == old.steps_per_period
+                assert plan.env_steps(plan.periods - 1) == fits
+    assert refused > 100
 
 
 def test_checkpoints_that_bear_their_total_still_restore(lake, long, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import search_reference as reference
 from search_worlds import (
     MACHINES,
     STATES,
+    first_in_order,
     invalid_of,
     model,
     root_of,
@@ -20,7 +21,7 @@ from search_worlds import (
 )
 
 from mbrl_jax import search
-from mbrl_jax.search import halving, policies, walks
+from mbrl_jax.search import backup, puct, schedule
 
 CASES = [
     # simulations, actions, considered, discount, scale, masked, depth
@@ -61,9 +62,9 @@ def test_gumbel_visits_as_the_reference_does(case):
 )
 def test_batches_of_any_width_make_the_same_visits(machine, case, monkeypatch):
     """One simulation after the other, and whole rounds; three lanes back up a large table."""
-    monkeypatch.setattr(halving, "CPU", MACHINES[machine])
-    monkeypatch.setattr(walks, "WALKERS", 3)
-    monkeypatch.setattr(walks, "SMALL", 0)
+    monkeypatch.setattr(schedule, "CPU", MACHINES[machine])
+    monkeypatch.setattr(backup, "WALKERS", 3)
+    monkeypatch.setattr(backup, "SMALL", 0)
     gumbel_as_reference(*case)
 
 
@@ -84,8 +85,8 @@ def gumbel_as_reference(num, actions, most, discount, scale, masked, depth):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_puct_visits_as_the_reference_does(case, monkeypatch):
-    monkeypatch.setattr(walks, "WALKERS", 3)
-    monkeypatch.setattr(walks, "SMALL", 0)
+    monkeypatch.setattr(backup, "WALKERS", 3)
+    monkeypatch.setattr(backup, "SMALL", 0)
     num, actions, _, discount, scale, masked, depth = case
     invalid = invalid_of(num, 4, actions) if masked else None
     puct_as_reference(world(num, actions, discount, scale), 4, num, actions, invalid, depth)
@@ -104,7 +105,7 @@ def test_accelerators_make_the_same_visits(as_reference, monkeypatch):
 
 def test_rounding_does_not_choose_among_equal_values(monkeypatch):
     """Root 4 of this world sees one value alone, which its mean has to keep to the last bit."""
-    monkeypatch.setattr(policies, "TIE_NOISE", 0.0)
+    monkeypatch.setattr(puct, "tie_order", first_in_order)
     puct_as_reference(world(1024, 57, -1.0, 1e-3, ties=True), 5, 38, 57)
 
 

@@ -1,28 +1,62 @@
 """Tree search against mctx, where that is installed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from search_worlds import MACHINES, invalid_of, searcher, world
+from search_worlds import (
+    MACHINES,
+    STATES,
+    chance_functions,
+    first_actions,
+    first_in_order,
+    invalid_of,
+    run,
+    searcher,
+    world,
+)
 
 from mbrl_jax import search
-from mbrl_jax.search import halving, policies, walks
+from mbrl_jax.search import backup, puct, schedule
 
 mctx = pytest.importorskip("mctx")
 
 
-def against_mctx(policy, batch, num, worlds, machine=halving.CPU, walkers=2, **options):
-    """Searches of both libraries in each world, (params, invalid or None)."""
+def transform_of(library, name, x):
+    """A transform of a library; x is the scale of values."""
+    if name == "min_max":
+        return functools.partial(library.qtransform_by_min_max, min_value=-x, max_value=x)
+    if name == "mixed":
+        return functools.partial(library.qtransform_completed_by_mix_value, value_scale=x)
+    if name == "raw":
+        return functools.partial(
+            library.qtransform_completed_by_mix_value, value_scale=x, maxvisit_init=5.0,
+            rescale_values=False, use_mixed_value=False,
+        )  # fmt: skip
+    return library.qtransform_by_parent_and_siblings
+
+
+def against_mctx(
+    policy, batch, num, worlds, machine=schedule.CPU, walkers=2, transform=None, **options
+):
+    """Searches of both libraries in each world, (params, invalid or None, x of the transform)."""
     # mctx promotes ranks and uses keys twice
     lenient = (jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False))
     with pytest.MonkeyPatch.context() as patch, lenient[0], lenient[1]:
-        patch.setattr(policies, "TIE_NOISE", 0.0)
-        patch.setattr(halving, "CPU", machine)
-        patch.setattr(walks, "WALKERS", walkers)
-        ours, theirs = (searcher(lib, policy, batch, num, **options) for lib in (search, mctx))
+        patch.setattr(puct, "tie_order", first_in_order)
+        patch.setattr(schedule, "CPU", machine)
+        patch.setattr(backup, "WALKERS", walkers)
+        ours, theirs = (
+            searcher(
+                lib, policy, batch, num, **options,
+                transform=transform and functools.partial(transform_of, lib, transform),
+            )
+            for lib in (search, mctx)
+        )  # fmt: skip
         found = [ours(*one) for one in worlds]
         # mctx breaks ties of PUCT by a noise at every visit
         if policy == "muzero_policy":
@@ -71,25 +105,28 @@ def same_node(ours, theirs, i, a, b):
     batch=st.integers(1, 8), num=st.integers(1, 200), actions=st.integers(1, 82),
     considered=st.integers(1, 20), masked=st.booleans(),
     depth=st.sampled_from([None, None, 1, 2, 5]),
-    machine=st.sampled_from([halving.CPU, halving.ACCELERATOR, *MACHINES.values()]),
+    machine=st.sampled_from([schedule.CPU, schedule.ACCELERATOR, *MACHINES.values()]),
     walkers=st.sampled_from([3, 64]),
+    transform=st.sampled_from([None, None, "siblings", "min_max", "mixed", "raw"]),
     worlds=st.lists(
         st.tuples(st.integers(0, 10_000), st.sampled_from([-1.0, 0.0, 0.9, 1.0]),
-                  st.sampled_from([1e-3, 1.0, 1e3]), st.booleans()),
+                  st.sampled_from([1e-3, 1.0, 1e3]), st.booleans(), st.booleans(),
+                  st.sampled_from([0.01, 0.1, 1.0])),
         min_size=3, max_size=3,
     ),
 )  # fmt: skip
 def test_visits_are_those_of_mctx(
-    policy, batch, num, actions, considered, masked, depth, machine, walkers, worlds
+    policy, batch, num, actions, considered, masked, depth, machine, walkers, transform, worlds
 ):
-    """201 settings, three to a compilation."""
-    options = {"max_depth": depth, "machine": machine, "walkers": walkers}
+    """201 settings, three to a compilation: masks below the root and scales of values too."""
+    options = {"max_depth": depth, "machine": machine, "walkers": walkers, "transform": transform}
     if policy == "gumbel_muzero_policy":
         options["max_num_considered_actions"] = considered
     cases = [
-        (world(seed, actions, discount, scale, ties),
-         invalid_of(seed, batch, actions) if masked else None)
-        for seed, discount, scale, ties in worlds
+        (world(seed, actions, discount, scale, ties, hidden),
+         invalid_of(seed, batch, actions) if masked else None,
+         4 * scale if transform == "min_max" else value_scale)
+        for seed, discount, scale, ties, hidden, value_scale in worlds
     ]  # fmt: skip
     against_mctx(policy, batch, num, cases, **options)
     jax.clear_caches()
@@ -98,20 +135,7 @@ def test_visits_are_those_of_mctx(
 def test_chance_nodes_are_those_of_mctx():
     num_actions, outcomes, batch = 5, 3, 6
     params = world(1, num_actions + outcomes, 0.9, 1.0)
-
-    def decide(params, key, action, state):
-        after = params["next"][state, jnp.clip(action, 0, num_actions - 1)]
-        return search.DecisionRecurrentFnOutput(
-            chance_logits=params["logits"][after, num_actions:],
-            afterstate_value=params["value"][after],
-        ), after  # fmt: skip
-
-    def answer(params, key, outcome, state):
-        after = params["next"][state, num_actions + jnp.clip(outcome, 0, outcomes - 1)]
-        return search.ChanceRecurrentFnOutput(
-            action_logits=params["logits"][after, :num_actions], value=params["value"][after],
-            reward=params["reward"][after], discount=params["discount"][after],
-        ), after  # fmt: skip
+    decide, answer = chance_functions(num_actions)
 
     def searched(library):
         state = jnp.arange(batch, dtype=jnp.int32)
@@ -132,3 +156,35 @@ def test_chance_nodes_are_those_of_mctx():
     np.testing.assert_array_equal(ours.action, theirs.action)
     np.testing.assert_allclose(ours.action_weights, theirs.action_weights, atol=1e-4)
     assert ours.search_tree.num_actions == num_actions
+
+
+def test_gumbel_shows_transforms_the_value_of_the_root():
+    """50 simulations by parent and siblings, whose range has the node's own value in it."""
+    against_mctx(
+        "gumbel_muzero_policy", 32, 50, [(world(0, 6, 0.9, 1.0), None)], transform="siblings"
+    )
+
+
+@pytest.mark.slow
+def test_ties_are_broken_as_often_as_in_mctx():
+    """Uniform priors and zero values: how often a child first takes its parent's action."""
+    num_actions, batch = 6, 400
+    params = {**world(0, num_actions, 1.0, 0.0), "logits": jnp.zeros((STATES, num_actions))}
+    shares = []
+    with jax.numpy_rank_promotion("allow"), jax.debug_key_reuse(False):
+        for library in (search, mctx):
+            tree = run(
+                library, "muzero_policy", params, batch, 18, dirichlet_fraction=0.0
+            ).search_tree
+            own, first, _ = first_actions(tree)
+            shares.append((own == first).mean())
+    assert abs(shares[0] - shares[1]) < 0.06
+    np.testing.assert_allclose(shares, 1 / 6, atol=0.05)
+
+
+def test_every_name_of_mctx_is_there_or_in_the_table():
+    for name in (*mctx.__all__, "SearchSummary"):
+        if name in search.__all__:
+            assert getattr(search, name) is not None
+        else:
+            assert f"`{name}`" in search.__doc__, name

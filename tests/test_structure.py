@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"types", "prng"},
     "nn": {"types", "prng", "data", "lazy"},
     "models": {"lazy", "types", "prng", "data", "nn", "search"},
-    "search": set(),
+    "search": {"types"},
     "planning": {"types", "prng", "data", "nn", "models"},
     "envs": {"types", "prng"},
     "agents": {"types", "prng", "data", "nn", "models", "search", "planning"},
@@ -103,7 +103,7 @@ PUBLIC = """
     analysis.stats.iqm analysis.plots.learning_curves analysis.runs.read_run analysis.model_plots
     nn.networks.MLP nn.optimiser.adam nn.normaliser.update nn.schedules.linear
     nn.distributions.tanh_normal envs.make_env envs.tabular
-    runtime.loop.evaluate runtime.train.train runtime.evaluate runtime.checkpoint.Checkpoints
+    runtime.loop.play_episodes runtime.train.train runtime.evaluate runtime.checkpoint.Checkpoints
     runtime.devices runtime.logs
 """
 

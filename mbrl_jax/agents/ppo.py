@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen
 
 from mbrl_jax import prng
 from mbrl_jax.agents import AgentDef
@@ -28,7 +27,7 @@ from mbrl_jax.nn.distributions import (
     masked_logits,
     sample_categorical,
 )
-from mbrl_jax.nn.networks import MLP, Torso
+from mbrl_jax.nn.networks import PolicyNetwork, ValueNetwork
 from mbrl_jax.nn.normaliser import Stats
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.nn.returns import discounted_returns, gae
@@ -121,37 +120,6 @@ class State(NamedTuple):
     returns: PyTree  # [N] discounted, running; None without normalised rewards
 
 
-class Actor(linen.Module):
-    """[B, *obs_shape] -> logits [B, A], or mean and standard deviation [B, D] each."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-
-    @linen.compact
-    def __call__(self, obs: jax.Array):
-        size = self.spec.num_actions or self.spec.action_shape[0]
-        net = MLP(self.hidden, size, self.activation, "orthogonal", 2**0.5, 0.01)
-        out = net(Torso(self.spec)(obs))
-        if self.spec.discrete:
-            return out
-        log_std = self.param("log_std", linen.initializers.zeros, (size,))
-        return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
-
-
-class Critic(linen.Module):
-    """[B, *obs_shape] -> values [B]."""
-
-    spec: EnvSpec
-    hidden: tuple[int, ...]
-    activation: str
-
-    @linen.compact
-    def __call__(self, obs: jax.Array) -> jax.Array:
-        net = MLP(self.hidden, 1, self.activation, "orthogonal", 2**0.5, 1.0)
-        return net(Torso(self.spec)(obs))[..., 0]
-
-
 def policy_loss(
     log_prob: jax.Array, old_log_prob: jax.Array, advantage: jax.Array, clip_eps: Scalar
 ) -> jax.Array:
@@ -200,7 +168,7 @@ def optimiser(cfg: Config, steps: Scalar) -> optax.GradientTransformation:
 
 def policy(cfg: Config, spec: EnvSpec, actor: PyTree, obs: PyTree):
     """The distribution of actions of the parameters `actor` at `obs` [B, ...], normalised."""
-    out = Actor(spec, cfg.hidden, cfg.activation).apply(actor, obs)
+    out = PolicyNetwork(spec, cfg.hidden, cfg.activation).apply(actor, obs)
     if not spec.discrete:
         return diagonal_normal(*out)
     legal = spec.legal(obs)
@@ -209,7 +177,7 @@ def policy(cfg: Config, spec: EnvSpec, actor: PyTree, obs: PyTree):
 
 def values(cfg: Config, spec: EnvSpec, critic: PyTree, obs: PyTree) -> jax.Array:
     """The values [B] of the parameters `critic` at `obs` [B, ...], normalised."""
-    return Critic(spec, cfg.hidden, cfg.activation).apply(critic, obs)
+    return ValueNetwork(spec, cfg.hidden, cfg.activation).apply(critic, obs)
 
 
 def normalised(state: State, obs: PyTree) -> PyTree:
@@ -223,7 +191,7 @@ def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
     obs = spec.zero_obs(1)
     if cfg.normalise_obs:
         obs = obs.astype(jnp.float32)
-    actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (Actor, Critic))
+    actor, critic = (net(spec, cfg.hidden, cfg.activation) for net in (PolicyNetwork, ValueNetwork))
     params = Params(actor.init(keys[0], obs), critic.init(keys[1], obs))
     return State(
         params=params,

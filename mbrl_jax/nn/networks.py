@@ -123,6 +123,40 @@ def _features(obs: jax.Array, part: ArraySpec) -> jax.Array:
     return obs.reshape(obs.shape[0], -1)
 
 
+class PolicyNetwork(linen.Module):
+    """Observations [B, ...] to logits [B, A], or to mean and standard deviation [B, D] each.
+
+    The standard deviation is a parameter of its own. Small first logits and means, as in PPO.
+    """
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+
+    @linen.compact
+    def __call__(self, obs: PyTree):
+        size = self.spec.num_actions or self.spec.action_shape[0]
+        net = MLP(self.hidden, size, self.activation, "orthogonal", 2**0.5, 0.01)
+        out = net(Torso(self.spec)(obs))
+        if self.spec.discrete:
+            return out
+        log_std = self.param("log_std", linen.initializers.zeros, (size,))
+        return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
+
+
+class ValueNetwork(linen.Module):
+    """Observations [B, ...] to values [B]."""
+
+    spec: EnvSpec
+    hidden: tuple[int, ...]
+    activation: str
+
+    @linen.compact
+    def __call__(self, obs: PyTree) -> jax.Array:
+        net = MLP(self.hidden, 1, self.activation, "orthogonal", 2**0.5, 1.0)
+        return net(Torso(self.spec)(obs))[..., 0]
+
+
 class GaussianActor(linen.Module):
     """Observations [B, ...] to mean and log deviation before the squashing, [B, D] each."""
 

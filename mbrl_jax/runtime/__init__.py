@@ -1,4 +1,4 @@
-"""Running agents: the compiled loop, the host driver, checkpoints, run folders, logs and devices."""
+"""Running agents: the compiled loop, the host driver, checkpoints, run folders and devices."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ def guarded(command: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        _drop_unwritten()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
             raise
-        _drop_unwritten()
         tell(f"error: cannot write the output: {error.strerror}")
         return 2
+    finally:
+        _drop_unwritten()
 
 
 def tell(text: Any) -> None:

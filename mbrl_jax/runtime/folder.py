@@ -75,14 +75,14 @@ def _compare(old: dict[str, Any], new: dict[str, Any], plan: Plan, out: Path) ->
             continue
         longer = old.get("total_steps") != new["total_steps"]
         if name == "eval_every" and longer and isinstance(a, int) and a > 0:
-            raise InputError(_other_periods(new, plan, a, out))
+            raise InputError(other_periods(new, plan, a, out))
         raise InputError(
             f"--resume: {name} is {b!r}, but the run in {out} has {a!r}; give the same, or "
             "take another --out"
         )
 
 
-def _other_periods(run: dict[str, Any], plan: Plan, period: int, out: Path) -> str:
+def other_periods(run: dict[str, Any], plan: Plan, period: int, out: Path) -> str:
     """Why a new total does not go with the periods of a run, and which ones near it do."""
     total, start = run["total_steps"], plan.start * plan.num_envs
     below = start + max(1, (total - start) // period) * period

@@ -25,7 +25,7 @@ from mbrl_jax.agents import AGENTS, AgentDef
 from mbrl_jax.envs import Env, make_env
 from mbrl_jax.runtime import devices, logs
 from mbrl_jax.runtime.folder import Saving, prepare
-from mbrl_jax.runtime.loop import Program, RunState, make_program
+from mbrl_jax.runtime.loop import Evaluate, Program, RunState, make_program
 from mbrl_jax.runtime.plan import Plan
 from mbrl_jax.types import Agent, InputError, PyTree
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -16,10 +16,10 @@ RecurrentFn = Callable[[Params, jax.Array, jax.Array, RecurrentState], tuple[Any
 """(params, key, action [B] int32, embedding [B, ...]) -> (RecurrentFnOutput, embedding). One key
 for the whole batch. Any object with the fields of `RecurrentFnOutput` will do."""
 LoopFn = Callable[..., Any]
-"""As `jax.lax.fori_loop`."""
+"""(lower, upper, body, initial value) -> final value, as `jax.lax.fori_loop`."""
 QTransform = Callable[[Any, Any], jax.Array]
-"""(tree of one lane, node index) -> values [A] that a rule adds to its scores."""
-
+"""(tree of one root, node index) -> values [A] that a rule adds to its scores."""
+Number = jax.Array | float
 
 T = TypeVar("T")
 
@@ -135,8 +135,45 @@ class Tree:
 
 @record
 class PolicyOutput:
-    """What a search advises."""
+    """What a search advises.
+
+    Where the numbers of a root are not numbers (NaN or infinite priors, or NaN in its value or in
+    what the model said below it), its weights are NaN and its action is the first allowed one; the
+    other roots are as they would be without it.
+    """
 
     action: chex.Array  # [B] int32
     action_weights: chex.Array  # [B, A] target of the policy network; sums to one
     search_tree: Tree
+
+
+class Budget(NamedTuple):
+    """How far a search goes; static."""
+
+    num_simulations: int
+    max_depth: int | None  # edges from a root to its deepest node; None: as many as simulations
+    loop_fn: LoopFn
+
+    @property
+    def limit(self) -> int | None:
+        """`max_depth`, if it can ever be met."""
+        depth = self.max_depth
+        return depth if depth is not None and depth < self.num_simulations else None
+
+
+class Lanes(NamedTuple):
+    """What the roots bring to their search.
+
+    Every leaf has the axis of roots in front, along which `vmap` over seeds puts the roots of one
+    seed after those of another (`vmapping.py`).
+    """
+
+    prior_logits: jax.Array  # [B, A] float32, with their noise, the lowest number where not allowed
+    value: jax.Array  # [B] float32 of the value network
+    embedding: Any  # [B, ...]
+    invalid: jax.Array  # [B, A] bool, actions that the root may not take
+    gumbel: jax.Array | None = None  # [B, A] float32, for Gumbel MuZero
+    ties: jax.Array | None = None  # [B] uint32 that say how PUCT breaks ties
+    constants: tuple[jax.Array, ...] = ()  # [B] float32 each, of PUCT
+    closed: Any = ()  # [B, ...] each, what the transform closes over (`node.Transform`)
+    before: Tree | None = None  # the tree from which PUCT goes on

@@ -1,138 +1,259 @@
 """Gumbel MuZero: sequential halving at the root, the improved policy below, in exact batches.
 
-Danihelka et al. (2022), "Policy improvement by planning with Gumbel".
+Danihelka et al. (2022), "Policy improvement by planning with Gumbel", algorithm 2 and its
+implementation in mctx, which scores anew before each simulation. A round visits every considered
+action once. Within a phase the order of its visits changes nothing, since simulations below
+different actions do not meet, so a round is one batch. In the first round of a later phase, fewer
+actions are visited than were considered before, chosen one at a time as their values come in: all
+are evaluated, the choice is replayed with the values now known, and only the chosen are kept. The
+visits are those of one simulation after the other, which is how a search runs whose batches would
+hold one action of each root.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from mbrl_jax.search import backup, schedule, vmapping
 from mbrl_jax.search import forest as forests
-from mbrl_jax.search import halving, walks
-from mbrl_jax.search.base import LoopFn, QTransform
-from mbrl_jax.search.forest import Forest, Node, Rule
-from mbrl_jax.search.seeds import Model
+from mbrl_jax.search import tree as trees
+from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree, record
+from mbrl_jax.search.candidates import (
+    Halving,
+    considered_score,
+    next_action,
+    noisy,
+    ranked,
+    rearranged,
+    replay,
+)
+from mbrl_jax.search.forest import Forest
+from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
+from mbrl_jax.search.root import logits_of, masked, takes_traced_bounds
+from mbrl_jax.search.vmapping import Model
+from mbrl_jax.types import InputError
 
-LOW = -1e9  # a considered action is visited even if nothing speaks for it
+
+@record
+class GumbelMuZeroExtraData:
+    """The noise of a Gumbel search, in its tree's `extra_data`."""
+
+    root_gumbel: chex.Array  # [B, A]
 
 
-def improved_policy(qtransform: QTransform) -> Rule:
-    """pi'(a) - n(a) / (1 + sum of n), [A, L], with pi' = softmax(log prior + completed values).
+def improved_policy(values: Values) -> Rule:
+    """The action most behind its share in the improved policy (section 5 of the paper).
 
-    Section 5 of the paper.
+    The greatest pi'(a) - n(a) / (1 + sum of n), with pi' = softmax(log prior + completed values).
+
+    Args:
+      values: the transform.
     """
 
     def rule(node: Node) -> jax.Array:
-        added = forests.transformed(qtransform, node)
-        weights = node.prior * jnp.exp(added - jnp.max(added, axis=0, keepdims=True))
+        added = values(node)
+        # an action of prior 0, such as an illegal one, must not set the scale of the others
+        allowed = node.prior >= jnp.finfo(node.prior.dtype).tiny
+        top = jnp.max(jnp.where(allowed, added, -jnp.inf), axis=0, keepdims=True)
+        weights = jnp.where(allowed, node.prior * jnp.exp(added - top), 0.0)
         policy = weights / jnp.sum(weights, axis=0, keepdims=True)
-        return policy - node.visits / node.total[None]
+        return best(policy - node.visits / node.total.astype(jnp.float32)[None])
 
     return rule
 
 
-def considered_score(
-    considered: jax.Array, noisy: jax.Array, added: jax.Array, visits: jax.Array
-) -> jax.Array:
-    """noisy + values [A, B] of the actions with `considered` [1, B] visits, else -inf."""
-    return jnp.where(visits == considered, jnp.maximum(LOW, noisy + added), -jnp.inf)
+def lanes_of(
+    key: jax.Array,
+    root: Any,
+    invalid: jax.Array,
+    transform: Transform,
+    scale: Number,
+    with_masks: bool,
+) -> Lanes:
+    """The lanes of a Gumbel search.
+
+    Args:
+      key: consumed, for the noise.
+      root: as in `muzero_policy`.
+      invalid: [B, A] bool.
+      transform: of the values.
+      scale: [] of the noise.
+      with_masks: whether `invalid` is looked at.
+    """
+    logits = logits_of(root, invalid)
+    if with_masks:
+        logits = masked(logits, invalid)
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return Lanes(
+        logits, jnp.asarray(root.value, jnp.float32), root.embedding, invalid,
+        gumbel=jnp.float32(scale) * noise, closed=transform.for_roots(logits.shape[0]),
+    )  # fmt: skip
 
 
-def noisy(gumbel: jax.Array, logits: jax.Array) -> jax.Array:
-    """gumbel + logits, the greatest logit 0, of both [B, A], as [A, B]."""
-    return (gumbel + (logits - jnp.max(logits, axis=-1, keepdims=True))).T
+def search(
+    params: Params,
+    key: jax.Array,
+    recurrent_fn: RecurrentFn,
+    lanes: Lanes,
+    transform: Transform,
+    budget: Budget,
+    max_considered: int,
+    halve_once: bool,
+    with_masks: bool,
+) -> tuple[Tree, jax.Array]:
+    """The trees of a Gumbel search, and its transformed values [B, A] at the roots.
+
+    Args:
+      params, key, recurrent_fn: see `vmapping.over_seeds`.
+      lanes: what the roots bring, `gumbel` and `closed` among it.
+      transform: of the values.
+      budget: how far to go.
+      max_considered: actions that a root considers at most.
+      halve_once: see `gumbel_muzero_policy`.
+      with_masks: whether roots may have invalid actions.
+
+    Raises:
+      InputError: no action to consider; a transform that reads the range of the whole tree; a loop
+        function that runs Python ints alone, with `halve_once`.
+    """
+    if max_considered < 1:
+        raise InputError(f"max_num_considered_actions = {max_considered}: expected 1 or more")
+    if not transform.local:
+        raise InputError(
+            "qtransform reads the range of the whole tree, as qtransform_by_tree_min_max: expected "
+            "a transform that sees one node alone, such as qtransform_completed_by_mix_value; the "
+            "tree's is for muzero_policy"
+        )
+    most = min(max_considered, lanes.prior_logits.shape[1])
+    rounds = schedule.rounds_of(most, budget.num_simulations, halve_once)
+    among = range(most + 1) if with_masks else range(most, most + 1)
+    traced_bounds = takes_traced_bounds(budget.loop_fn)
+    if halve_once and not traced_bounds:
+        raise InputError(
+            "halve_once=True with a loop_fn that takes Python ints alone: expected one that takes "
+            "traced bounds too, such as jax.lax.fori_loop"
+        )
+
+    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array]:
+        logits, batch = lanes.prior_logits, lanes.prior_logits.shape[0]
+        considered = jnp.full(batch, most, jnp.int32)
+        if with_masks:
+            allowed = jnp.sum(~lanes.invalid, axis=-1, dtype=jnp.int32)
+            considered = jnp.minimum(most, allowed)
+        machine = schedule.CPU if jax.default_backend() == "cpu" else schedule.ACCELERATOR
+        groups = schedule.plan(rounds, among, batch, machine)
+        one_by_one = schedule.one_by_one(groups) or not traced_bounds
+        num_nodes = budget.num_simulations + 1
+        if not one_by_one:
+            num_nodes = schedule.peak(rounds, among, groups)
+        forest = forests.plant(
+            lanes, jax.nn.softmax(logits), num_nodes, limited=budget.limit is not None,
+            spanned=False, with_outcomes=transform.reads_outcomes,
+        )  # fmt: skip
+        values, gumbel = values_of(transform, lanes.closed), lanes.gumbel
+        assert gumbel is not None
+        halving = Halving(
+            noisy(gumbel, logits), lanes.invalid.T, considered, values, rounds, halve_once
+        )
+        if one_by_one:
+            forest = in_sequence(forest, model, halving, budget)
+        else:
+            forest = in_rounds(forest, model, halving, groups, budget)
+        made = None
+        if with_masks and not one_by_one:
+            made = schedule.made(rounds, considered, forest.table.shape[0] // batch)
+        extra = GumbelMuZeroExtraData(root_gumbel=gumbel)
+        # of the forest, since a tree's values would be made for all of its nodes
+        added = values(forests.roots(forest)).T
+        tree = trees.export(forest, budget.num_simulations, logits, lanes.invalid, extra, made)
+        return tree, added
+
+    return vmapping.over_seeds(run, recurrent_fn, params, key, lanes)
 
 
-class Root(NamedTuple):
-    """What the root's choice needs."""
+def in_sequence(forest: Forest, model: Model, halving: Halving, budget: Budget) -> Forest:
+    """The forest after all simulations, one of every root after the other.
 
-    noisy: jax.Array  # [A, B], see `noisy`
-    invalid: jax.Array  # [A, B] bool
-    considered: jax.Array  # [B] int32 how many actions are
-
-
-class Wave(NamedTuple):
-    forest: Forest
-    actions: jax.Array  # [B, slots] int32, the considered ones first
-    first_row: jax.Array  # [] int32
-
-
-def in_sequence(
-    forest: Forest,
-    model: Model,
-    root: Root,
-    qtransform: QTransform,
-    rounds: halving.Rounds,
-    max_depth: int,
-    loop_fn: LoopFn,
-) -> Forest:
-    """All simulations, one of every root after the other."""
-    batch = forest.batch
-    rule, counts = improved_policy(qtransform), jnp.asarray(halving.counts(rounds))
-    num_simulations = counts.shape[1]
+    Args:
+      forest: the roots.
+      model: see `vmapping.Model`.
+      halving: what the choice at the roots needs.
+      budget: how far to go.
+    """
+    batch, num_simulations = forest.batch, budget.num_simulations
+    rule, counts = improved_policy(halving.values), jnp.asarray(schedule.counts(halving.rounds))
     every = jnp.ones(batch, bool)
 
-    def select(i: jax.Array | int, forest: Forest) -> jax.Array:
-        action = next_action(root, qtransform, forests.roots(forest), counts[root.considered, i])
+    def select(i: jax.Array, forest: Forest) -> jax.Array:
+        action = next_action(halving, forests.roots(forest), counts[halving.considered, i])
         edge = forests.first_edges(forest) + action
         return forests.end_of(edge, forests.root_cells(forest, edge))
 
-    def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
+    def simulation(i: Any, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, edge = loop
+        i = jnp.int32(i)
         new, embedding = forests.expand(forest, model, i, edge)
         first_row = (i + 1) * batch
         forest = forests.store(forest, new, embedding, first_row)
-        forest, returned = walks.backup(forest, first_row, every, rule, max_depth)
-        forest = dataclasses.replace(forest, root_value=forest.root_value + returned)
+        forest = backup.backup(forest, first_row, every, rule, budget.limit or 0)
         return forest, select(jnp.minimum(i + 1, num_simulations - 1), forest)
 
-    return averaged(loop_fn(0, num_simulations, simulation, (forest, select(0, forest)))[0])
+    start = forest, select(jnp.int32(0), forest)
+    return budget.loop_fn(0, num_simulations, simulation, start)[0]
+
+
+class Wave(NamedTuple):
+    """A search between two rounds."""
+
+    forest: Forest
+    actions: jax.Array  # [B, slots] int32, the considered ones first
+    first_row: jax.Array  # [] int32 of the next nodes
 
 
 def in_rounds(
-    forest: Forest,
-    model: Model,
-    root: Root,
-    qtransform: QTransform,
-    rounds: halving.Rounds,
-    groups: list[halving.Group],
-    halve_once: bool,
-    max_depth: int,
-    loop_fn: LoopFn,
+    forest: Forest, model: Model, halving: Halving, groups: list[schedule.Group], budget: Budget
 ) -> Forest:
-    """All simulations, those of a round in batches."""
-    batch = forest.batch
+    """The forest after all simulations, those of a round in batches.
+
+    Args:
+      forest: the roots.
+      model: see `vmapping.Model`.
+      halving: what the choice at the roots needs.
+      groups: of rounds, see `schedule.plan`.
+      budget: how far to go; its loop function takes traced bounds.
+    """
+    batch, rounds, loop_fn = forest.batch, halving.rounds, budget.loop_fn
     # nothing descends after the only round
-    rule = improved_policy(qtransform) if groups[-1].end > 1 else None
+    rule = improved_policy(halving.values) if groups[-1].end > 1 else None
     candidates, visits = jnp.asarray(rounds.candidates), jnp.asarray(rounds.visits)
-    zero = jnp.zeros(root.noisy.shape)
-    start = considered_score(zero[:1], root.noisy, zero, zero)
+    node = forests.roots(forest)
+    start = considered_score(node.visits[:1], halving.noisy, halving.values(node), node.visits)
     most = int(rounds.candidates.max())
-    actions = jax.lax.top_k(jnp.where(root.invalid, -jnp.inf, start).T, most)[1]
+    actions = jax.lax.top_k(jnp.where(halving.invalid, -jnp.inf, start).T, most)[1]
     # dead lanes fill up the last batch of a round
     slots = max(-(-most // group.width) * group.width for group in groups)
-    actions = jnp.pad(actions, ((0, 0), (0, slots - most)))
-    last = jnp.max(jnp.asarray(rounds.total)[root.considered])
+    actions = jnp.pad(actions.astype(jnp.int32), ((0, 0), (0, slots - most)))
+    last = jnp.max(jnp.asarray(rounds.total)[halving.considered])
 
     def in_batches(number: jax.Array, width: int, body: Any, carry: Any) -> Any:
         # on an accelerator XLA turns the table's axes around for what is not in a loop
         if most <= width and jax.default_backend() == "cpu":
             return body(jnp.int32(0), carry)
-        return loop_fn(0, -(-number // width), lambda n, x: body(n * width, x), carry)
+        return loop_fn(0, -(-number // width), lambda n, x: body(jnp.int32(n) * width, x), carry)
 
-    def one_round(i: jax.Array, wave: Wave, group: halving.Group) -> Wave:
+    def one_round(i: jax.Array, wave: Wave, group: schedule.Group) -> Wave:
         forest, actions, first_row = wave
-        width = group.width
-        among, commit = candidates[root.considered, i], visits[root.considered, i]
-        if halve_once:
-            before = visits[root.considered, jnp.maximum(i - 1, 0)]
+        i, width = jnp.int32(i), group.width
+        among, commit = candidates[halving.considered, i], visits[halving.considered, i]
+        if halving.once:
+            before = visits[halving.considered, jnp.maximum(i - 1, 0)]
             actions = jax.lax.cond(
                 jnp.any(commit < before),
-                lambda: ranked(forest, root, qtransform, actions),
+                lambda: ranked(forest, halving, actions),
                 lambda: actions,
             )
 
@@ -148,7 +269,7 @@ def in_rounds(
             fewer = jnp.any(commit < among) & (i > 0)
             chosen = jax.lax.cond(
                 fewer,
-                lambda: replay(forest, root, qtransform, actions, first_row, among, commit),
+                lambda: replay(forest, halving, actions, first_row, among, commit),
                 lambda: actions,
             )
             # a loop of one or no turn: a cond would copy the forest
@@ -161,10 +282,10 @@ def in_rounds(
             actions = chosen
 
         def back_up(slot: jax.Array, forest: Forest) -> Forest:
-            live = (slot + jnp.arange(width)[:, None] < commit[None]).reshape(-1)
-            forest, returned = walks.backup(forest, first_row + slot * batch, live, rule, max_depth)
-            summed = forest.root_value + jnp.sum(returned.reshape(width, batch), axis=0)
-            return dataclasses.replace(forest, root_value=summed)
+            some = slot + jnp.arange(width, dtype=jnp.int32)[:, None]
+            live = (some < commit[None]).reshape(-1)
+            row = first_row + slot * batch
+            return backup.backup(forest, row, live, rule, budget.limit or 0)
 
         forest = in_batches(jnp.max(commit), width, back_up, forest)
         return Wave(forest, actions, first_row + jnp.max(commit) * batch)
@@ -175,123 +296,4 @@ def in_rounds(
         wave = loop_fn(
             group.first, end, lambda i, wave, group=group: one_round(i, wave, group), wave
         )
-    return averaged(wave.forest)
-
-
-def averaged(forest: Forest) -> Forest:
-    """With the mean in place of the sum at the roots, at whose value no choice looks."""
-    total = forests.roots(forest).total
-    return dataclasses.replace(forest, root_value=forest.root_value / total)
-
-
-def next_action(root: Root, qtransform: QTransform, node: Node, considered: jax.Array) -> jax.Array:
-    """The best of the root's actions that were visited `considered` [B] times, [B] int32."""
-    added = forests.transformed(qtransform, node)
-    score = considered_score(considered[None], root.noisy, added, node.visits)
-    return forests.best(jnp.where(root.invalid, -jnp.inf, score))
-
-
-def ranked(forest: Forest, root: Root, qtransform: QTransform, actions: jax.Array) -> jax.Array:
-    """The actions [B, slots] that are as often visited as the first, the best to the front."""
-    node = forests.roots(forest)
-    added = forests.transformed(qtransform, node)
-    considered = forests.pick(node.visits, actions[:, 0])
-    score = considered_score(considered, root.noisy, added, node.visits)
-    score = jnp.where(root.invalid, -jnp.inf, score).T
-    best = jax.lax.top_k(score, min(actions.shape[1], score.shape[1]))[1]
-    return actions.at[:, : best.shape[1]].set(best)
-
-
-def replay(
-    forest: Forest,
-    root: Root,
-    qtransform: QTransform,
-    actions: jax.Array,
-    first_row: jax.Array,
-    among: jax.Array,
-    commit: jax.Array,
-) -> jax.Array:
-    """The choice of `commit` [B] of the first `among` [B] actions, in its order, [B, slots].
-
-    Each is made with all the values that are known by then.
-    """
-    batch, slots = actions.shape
-    node = forests.roots(forest)
-    row = first_row + jnp.arange(slots)[:, None] * batch + jnp.arange(batch)[None]
-    after = values_after(forest, row.reshape(-1)).reshape(slots, batch).T
-    every, slot = jnp.arange(root.noisy.shape[0])[:, None], jnp.arange(slots)[None]
-    # the value of each action after its visit, [A, B]
-    candidate = (actions[None] == every[..., None]) & (slot < among[:, None])[None]
-    fresh = jnp.sum(jnp.where(candidate, after[None], 0.0), axis=-1)
-    considered = forests.pick(node.visits, actions[:, 0])[0]
-
-    def choose(i: jax.Array, loop: tuple[Node, jax.Array]) -> tuple[Node, jax.Array]:
-        node, order = loop
-        action = next_action(root, qtransform, node, considered)
-        taken = (action[None] == every) & (i < commit)[None]
-        node = node._replace(
-            visits=node.visits + taken,
-            qvalues=jnp.where(taken, fresh, node.qvalues),
-            total=node.total + (i < commit),
-        )
-        return node, jnp.where(slot == i, action[:, None], order)
-
-    order = jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]
-    # a root that takes all of its candidates may take more of them than `rearranged` moves
-    return jnp.where((commit < among)[:, None], order, actions)
-
-
-def rearranged(
-    forest: Forest, actions: jax.Array, chosen: jax.Array, first_row: jax.Array, most: int
-) -> Forest:
-    """The new nodes, of `actions` from `first_row` on, with those of the `most` chosen first."""
-    batch = forest.batch
-    found = jnp.argmax(chosen[:, :most, None] == actions[:, None, :], axis=-1)
-    lane = first_row + (found * batch + jnp.arange(batch)[:, None]).T.reshape(-1)
-    new = forest.records(lane)
-    embedding = jax.tree.map(lambda x: forests.take(x, lane), forest.embedding)
-    return forests.store(forest, new, embedding, first_row)
-
-
-def values_after(forest: Forest, row: jax.Array) -> jax.Array:
-    """What the value of each new node's root action is once the node is backed up, [L]."""
-    batch, width = forest.batch, forest.width
-
-    def node_cell(row: jax.Array) -> jax.Array:
-        # slots without a candidate may lie beyond the end
-        return forest.cells.at[(row + 1) * width - 1].get(mode="clip")
-
-    def parts(cell: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        reward, discount = cell[:, forests.REWARD], cell[:, forests.DISCOUNT]
-        return cell[:, forests.PARENT], forests.number(reward), forests.number(discount)
-
-    def inside(cell: jax.Array) -> jax.Array:
-        return cell[:, forests.PARENT] >= batch * width
-
-    def level(walk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        cell, returned = walk
-        edge, reward, discount = parts(cell)
-        going = inside(cell)
-        returned = jnp.where(going, reward + discount * returned, returned)
-        return jnp.where(going[:, None], node_cell(edge // width), cell), returned
-
-    own = node_cell(row)
-    walk = own, forests.number(own[:, forests.RAW])
-    cell, returned = walks.walked(lambda walk: jnp.any(inside(walk[0])), level, walk)
-    edge, reward, discount = parts(cell)
-    above = forests.root_cells(forest, edge)
-    visits = above[:, forests.VISITS]
-    value = (forests.number(above[:, forests.VALUE]) * visits + returned) / (visits + 1)
-    return reward + discount * value
-
-
-def made(rounds: halving.Rounds, considered: jax.Array, num_nodes: int) -> jax.Array:
-    """Which rows hold a node, [B, N]: each round leaves room for the most visits of any root."""
-    visits = jnp.asarray(rounds.visits)[considered]
-    ends = 1 + jnp.cumsum(jnp.max(visits, axis=0))
-    node = jnp.arange(num_nodes)
-    at = jnp.minimum(jnp.searchsorted(ends, node, side="right"), len(ends) - 1)
-    slot = node - (ends - jnp.max(visits, axis=0))[at]
-    return (node == 0)[None] | ((slot >= 0) & (node < ends[-1]))[None] & (
-        slot[None] < visits[:, at]
-    )
+    return wave.forest

@@ -2,93 +2,218 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mbrl_jax.search import backup, vmapping
 from mbrl_jax.search import forest as forests
-from mbrl_jax.search import walks
-from mbrl_jax.search.base import LoopFn, QTransform
-from mbrl_jax.search.forest import Forest, Node, Rule
-from mbrl_jax.search.seeds import Model
+from mbrl_jax.search import tree as trees
+from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree
+from mbrl_jax.search.forest import Forest
+from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
+from mbrl_jax.search.root import takes_traced_bounds
+from mbrl_jax.search.vmapping import Model
+from mbrl_jax.types import InputError
 
 
-def puct(qtransform: QTransform, pb_c_init: jax.Array, pb_c_base: jax.Array) -> Rule:
-    """The transformed value and the prior's bonus, [A, L], with constants [B] of each root.
+def lanes_of(
+    key: jax.Array,
+    root: Any,
+    logits: jax.Array,
+    invalid: jax.Array,
+    transform: Transform,
+    constants: tuple[Number, ...],
+    before: Tree | None = None,
+) -> Lanes:
+    """The lanes of a search by PUCT.
+
+    Args:
+      key: consumed, for the ties.
+      root: as in `muzero_policy`; its logits are not looked at.
+      logits: [B, A] float32 with their noise and mask.
+      invalid: [B, A] bool.
+      transform: of the values.
+      constants: [] c1 and c2 of PUCT.
+      before: the tree from which the search goes on.
+    """
+    batch = logits.shape[0]
+    return Lanes(
+        logits, jnp.asarray(root.value, jnp.float32), root.embedding, invalid,
+        ties=jax.random.bits(key, (batch,), jnp.uint32),
+        constants=tuple(jnp.broadcast_to(jnp.float32(c), (batch,)) for c in constants),
+        closed=transform.for_roots(batch), before=before,
+    )  # fmt: skip
+
+
+def scores(values: Values, lanes: Lanes, node: Node) -> jax.Array:
+    """The transformed value and the prior's bonus, [A, L] float32.
 
     sqrt(N) (c1 + log((N + c2 + 1) / c2)) p / (n + 1), where N counts the node's own evaluation.
+
+    Args:
+      values: the transform.
+      lanes: whose constants c1, c2 are [B] of each root.
+      node: L nodes.
     """
+    init, base = (forests.take(x, node.root) for x in lanes.constants)
+    total = node.total.astype(jnp.float32)
+    factor = init + jnp.log((total + base + 1.0) / base)
+    bonus = (jnp.sqrt(total) * factor)[None] * node.prior / (node.visits + 1)
+    return values(node) + bonus
+
+
+def rule_of(transform: Transform, lanes: Lanes) -> Rule:
+    """PUCT as a rule: the action of the greatest score, ties broken at random once for each node.
+
+    Args:
+      transform: of the values.
+      lanes: what the roots bring.
+    """
+    values = values_of(transform, lanes.closed)
 
     def rule(node: Node) -> jax.Array:
-        init, base = (forests.take(x, node.root) for x in (pb_c_init, pb_c_base))
-        factor = init + jnp.log((node.total + base + 1.0) / base)
-        bonus = (jnp.sqrt(node.total) * factor)[None] * node.prior / (node.visits + 1)
-        return forests.transformed(qtransform, node) + bonus
+        found = scores(values, lanes, node)
+        return best(found, tie_order(lanes, node, found))
 
     return rule
 
 
-def simulate(
-    forest: Forest,
-    model: Model,
-    rule: Rule,
-    num_simulations: int,
-    max_depth: int,
-    ties: jax.Array,
-    loop_fn: LoopFn,
-    kept: jax.Array | None = None,
-) -> Forest:
-    """Simulations from every root, until it has `num_simulations`.
+def tie_order(lanes: Lanes, node: Node, found: jax.Array) -> jax.Array:
+    """Random numbers that belong to the actions of a node, [A, L] int32, 0 or more.
 
-    `ties` [B, A] times the priors of its new nodes; `kept` [B] int32 visits it had before.
+    A hash of the root's number, the node's and the action's, so that nothing has to be kept. Where
+    no action is allowed they are 0, so that the first is taken.
+
+    Args:
+      lanes: with `ties` [B].
+      node: L nodes.
+      found: [A, L] the scores of the actions.
     """
-    batch = forest.batch
-    every = jnp.ones(batch, bool)
+
+    def mixed(x: jax.Array) -> jax.Array:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> shift)) * np.uint32(factor)
+        return x ^ (x >> 16)
+
+    assert lanes.ties is not None
+    steps = jnp.arange(found.shape[0], dtype=jnp.uint32)[:, None] * np.uint32(0x9E3779B9)
+    seed = mixed(forests.take(lanes.ties, node.root) + node.number.astype(jnp.uint32))
+    order = (mixed(seed[None] + steps) >> 1).astype(jnp.int32)
+    return jnp.where(found > -jnp.inf, order, 0)
+
+
+def search(
+    params: Params,
+    key: jax.Array,
+    recurrent_fn: RecurrentFn,
+    lanes: Lanes,
+    make_rule: Callable[[Lanes], Rule],
+    transform: Transform,
+    budget: Budget,
+) -> Tree:
+    """The trees of simulations one after the other, by a rule that sees a node at a time.
+
+    Args:
+      params, key, recurrent_fn: see `vmapping.over_seeds`.
+      lanes: what the roots bring, `ties`, `constants` and `closed` among it; where `before` is
+        there, its visits count among the simulations.
+      make_rule: (lanes of all seeds) -> the rule of all nodes, the roots too.
+      transform: what the rule reads of a node.
+      budget: how far to go.
+
+    Raises:
+      InputError: a tree to go on from that does not fit.
+    """
+    if lanes.before is not None:
+        batch, num_actions = lanes.prior_logits.shape
+        expected = (batch, budget.num_simulations + 1, num_actions)
+        if lanes.before.children_index.shape != expected:
+            raise InputError(
+                f"search_tree of {lanes.before.children_index.shape} roots, nodes and actions: "
+                f"expected {expected}; a search goes on from one with as many simulations"
+            )
+
+    def run(model: Model, lanes: Lanes) -> Tree:
+        rule, limit = make_rule(lanes), budget.limit
+        prior = jax.nn.softmax(lanes.prior_logits)
+        forest = forests.plant(
+            lanes, jnp.where(lanes.invalid, -jnp.inf, prior), budget.num_simulations + 1,
+            limited=transform.local and limit is not None, spanned=not transform.local,
+            with_outcomes=transform.reads_outcomes,
+        )  # fmt: skip
+        if lanes.before is not None:
+            deepest = limit or budget.num_simulations
+            forest = trees.restore(forest, lanes.before, rule, deepest)
+        forest = simulate(forest, model, rule, budget, going_on=lanes.before is not None)
+        return trees.export(forest, budget.num_simulations, lanes.prior_logits, lanes.invalid)
+
+    return vmapping.over_seeds(run, recurrent_fn, params, key, lanes)
+
+
+def simulate(forest: Forest, model: Model, rule: Rule, budget: Budget, going_on: bool) -> Forest:
+    """Simulations from every root, until each has as many as the budget allows.
+
+    Args:
+      forest: the roots, and what they had before where the search is `going_on`.
+      model: see `vmapping.Model`.
+      rule: chooses the actions.
+      budget: how far to go.
+      going_on: whether roots may have visits already.
+    """
+    batch, max_depth = forest.batch, budget.limit or budget.num_simulations
+    every, kept = jnp.ones(batch, bool), forest.root_visits - 1
 
     def select(forest: Forest) -> jax.Array:
         if forest.span is not None:
             return descend(forest, rule, max_depth)
         return forests.choose(forest, rule)
 
-    def simulation(i: jax.Array, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
+    def simulation(i: Any, loop: tuple[Forest, jax.Array]) -> tuple[Forest, jax.Array]:
         forest, target = loop
-        records, embedding = forests.expand(forest, model, i, target, ties)
-        first_row = (i + 1) * batch
-        live = every if kept is None else i >= kept
-        if kept is not None:
+        i = jnp.int32(i)
+        new = forests.expand(forest, model, i, target)
+        first_row, live = (i + 1) * batch, every
+        if going_on:
             # a node that was kept may have its place there
-            rows = first_row + jnp.arange(batch)
+            live = i >= kept
+            rows = first_row + jnp.arange(batch, dtype=jnp.int32)
             before = forest.records(rows), jax.tree.map(lambda x: x[rows], forest.embedding)
-            records, embedding = jax.tree.map(
-                lambda new, x: jnp.where(live.reshape(-1, *[1] * (new.ndim - 1)), new, x),
-                (records, embedding), before,
-            )  # fmt: skip
-        forest = forests.store(forest, records, embedding, first_row)
+            new = jax.tree.map(
+                lambda x, old: jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, old), new, before
+            )
+        forest = forests.store(forest, *new, first_row)
         choice = rule if forest.span is None else None
-        forest, returned = walks.backup(forest, first_row, live, choice, max_depth)
-        # counted and not i + 2, by which XLA would multiply the reciprocal, not divide: where all
-        # values are equal, the last bit of a mean chooses among the actions
-        total = forests.roots(forest).total
-        value = (forest.root_value * (total - 1) + returned) / total
-        forest = dataclasses.replace(forest, root_value=jnp.where(live, value, forest.root_value))
+        forest = backup.backup(forest, first_row, live, choice, max_depth)
         return forest, select(forest)
 
-    first = 0 if kept is None else jnp.min(kept)
-    forest, _ = loop_fn(first, num_simulations, simulation, (forest, select(forest)))
-    return forest
+    first: Any = 0
+    if going_on and takes_traced_bounds(budget.loop_fn):
+        first = jnp.min(kept)
+    loop = forest, select(forest)
+    return budget.loop_fn(first, budget.num_simulations, simulation, loop)[0]
 
 
 def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
-    """The edge at which greedy descent from each root ends, [B] int32, in a forest with a span."""
+    """The edge at which greedy descent from each root ends, [B] int32, in a forest with a span.
+
+    Args:
+      forest: whose edges hold the rows of their children.
+      rule: chooses the actions.
+      max_depth: of a node.
+    """
 
     def level(loop: Any) -> Any:
         depth, row, value, total, target, going = loop
         node, _ = forests.unpack(forests.take(forest.table, row), forest.num_actions)
-        at = node._replace(value=value, total=total, root=root.root, span=forest.span)
-        scores = rule(at)
-        edge = row * forest.width + forests.best(scores)
+        node = node._replace(
+            value=value, total=total, root=root.root, number=row // forest.batch, span=forest.span,
+            outcomes=forests.outcomes_of(forest.outcomes, row),
+        )  # fmt: skip
+        edge = row * forest.width + rule(node)
         cell = forests.take(forest.cells, edge)
         target = jnp.where(going, edge, target)
         going = going & (cell[:, forests.VISITS] > 0) & (depth + 1 < max_depth)
@@ -98,4 +223,4 @@ def descend(forest: Forest, rule: Rule, max_depth: int) -> jax.Array:
 
     row, root = jnp.arange(forest.batch, dtype=jnp.int32), forests.roots(forest)
     start = jnp.int32(0), row, root.value, root.total, row, jnp.ones(forest.batch, bool)
-    return walks.walked(lambda loop: jnp.any(loop[-1]), level, start)[4]
+    return backup.walked(lambda loop: jnp.any(loop[-1]), level, start)[4]

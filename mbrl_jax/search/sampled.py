@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mbrl_jax.search.base import (
     LoopFn,
+    Number,
     Params,
     QTransform,
     RecurrentFnOutput,
@@ -23,8 +24,9 @@ from mbrl_jax.search.base import (
     Tree,
     record,
 )
-from mbrl_jax.search.policies import Number, gumbel_muzero_policy
+from mbrl_jax.search.policies import gumbel_muzero_policy
 from mbrl_jax.search.qtransforms import qtransform_completed_by_mix_value
+from mbrl_jax.types import InputError
 
 
 @record
@@ -64,6 +66,9 @@ def sampled_logits(log_policy: jax.Array, log_proposal: jax.Array) -> jax.Array:
 
     Hubert et al. (2021), section 4.1, with each draw a candidate of its own, so that the empirical
     proposal is uniform. Draws from the policy itself have equal priors.
+
+    Args:
+      log_policy, log_proposal: [..., K] log densities of the candidates.
     """
     return log_policy - log_proposal
 
@@ -92,12 +97,16 @@ def sampled_policy(
         embedding); the key is there to draw the successors' candidates.
       invalid_actions: [B, K] candidates that the root may not take.
 
+    Returns:
+      The action of each root and all its candidates, their weights, and trees whose actions are
+      numbers of candidates.
+
     Raises:
-      ValueError: as there; candidates whose shapes do not agree.
+      InputError: as there; candidates whose shapes do not agree.
     """
     shape = jnp.shape(root.actions)
     if len(shape) < 2 or shape[:2] != jnp.shape(root.prior_logits):
-        raise ValueError(
+        raise InputError(
             f"root.actions of shape {shape}: expected {jnp.shape(root.prior_logits)} candidates, "
             "as in prior_logits"
         )
@@ -126,6 +135,11 @@ def sampled_policy(
 
 
 def candidate(actions: jax.Array, index: jax.Array) -> jax.Array:
-    """actions [B, K, ...] at [B]."""
+    """The chosen candidates, [B, ...].
+
+    Args:
+      actions: [B, K, ...].
+      index: [B] int32 number of the chosen one.
+    """
     place = index.reshape(-1, *[1] * (actions.ndim - 1))
     return jnp.take_along_axis(actions, place, axis=1)[:, 0]

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 
 from mbrl_jax.search import puct
 from mbrl_jax.search.base import (
+    Budget,
+    Lanes,
     LoopFn,
+    Number,
     Params,
     PolicyOutput,
     QTransform,
@@ -25,9 +28,9 @@ from mbrl_jax.search.base import (
     Tree,
     record,
 )
-from mbrl_jax.search.forest import Node, Rule
-from mbrl_jax.search.policies import Constants, Number, check, masked, noisy, puct_search, tempered
-from mbrl_jax.search.qtransforms import is_local, qtransform_by_parent_and_siblings
+from mbrl_jax.search.node import Node, Rule, best, transform_of, values_of
+from mbrl_jax.search.qtransforms import qtransform_by_parent_and_siblings
+from mbrl_jax.search.root import advice, check, logits_of, masked, noisy, tempered
 
 
 @record
@@ -74,18 +77,26 @@ def stochastic_muzero_policy(
       actions alone.
 
     Raises:
-      ValueError: no simulation or action, or shapes that do not agree.
+      InputError: as in `muzero_policy`.
     """
     invalid = check(root, num_simulations, invalid_actions, max_depth)
     batch, num_actions = invalid.shape
     rng_key, dirichlet_key, search_key = jax.random.split(rng_key, 3)
-    logits = noisy(dirichlet_key, root.prior_logits, dirichlet_fraction, dirichlet_alpha)
+    logits = logits_of(root, invalid)
+    logits = masked(noisy(dirichlet_key, logits, dirichlet_fraction, dirichlet_alpha), invalid)
+    transform = transform_of(qtransform, num_actions)
     shapes = jax.eval_shape(
         decision_recurrent_fn, params, search_key, jnp.zeros(batch, jnp.int32), root.embedding
     )
     num_outcomes = shapes[0].chance_logits.shape[-1]
     afterstate = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
-    none = jnp.full((batch, num_outcomes), -jnp.inf)
+
+    def none(num: int, choices: int) -> jax.Array:
+        return jnp.full((num, choices), -jnp.inf, jnp.float32)
+
+    def joined(of_actions: jax.Array, of_outcomes: jax.Array) -> jax.Array:
+        logits = of_actions, of_outcomes
+        return jnp.concatenate([jnp.asarray(x, jnp.float32) for x in logits], axis=-1)
 
     def step(params: Params, key: jax.Array, choice: jax.Array, embedding: Any) -> Any:
         decision_key, chance_key = jax.random.split(key)
@@ -98,18 +109,14 @@ def stochastic_muzero_policy(
             params, chance_key, outcome, embedding.afterstate_embedding
         )
         num, decides = choice.shape[0], embedding.is_decision_node
-        zero = jnp.zeros(num)
+        zero = jnp.zeros(num, jnp.float32)
         of_afterstate = RecurrentFnOutput(
             reward=zero, discount=zero + 1.0, value=after.afterstate_value,
-            prior_logits=jnp.concatenate(
-                [jnp.full((num, num_actions), -jnp.inf), after.chance_logits], axis=-1
-            ),
+            prior_logits=joined(none(num, num_actions), after.chance_logits),
         )  # fmt: skip
         of_state = RecurrentFnOutput(
             reward=new.reward, discount=new.discount, value=new.value,
-            prior_logits=jnp.concatenate(
-                [new.action_logits, jnp.full((num, num_outcomes), -jnp.inf)], axis=-1
-            ),
+            prior_logits=joined(new.action_logits, none(num, num_outcomes)),
         )  # fmt: skip
         out = jax.tree.map(
             lambda a, b: jnp.where(decides.reshape(-1, *[1] * (a.ndim - 1)), a, b),
@@ -119,34 +126,49 @@ def stochastic_muzero_policy(
             state_embedding=state, afterstate_embedding=afterstate, is_decision_node=~decides
         )
 
-    def rule(constants: Constants) -> Rule:
-        decide = puct.puct(qtransform, *constants)
+    def rule(lanes: Lanes) -> Rule:
+        values = values_of(transform, lanes.closed)
 
-        def scores(node: Node) -> jax.Array:
-            cut = {f: getattr(node, f)[:num_actions] for f in ("prior", "visits", "qvalues")}
-            own = node._replace(**cut)
+        def choice(node: Node) -> jax.Array:
+            decision = of_actions(node, num_actions)
+            found = puct.scores(values, lanes, decision)
+            order = puct.tie_order(lanes, decision, found)
             shares = node.prior[num_actions:] / (node.visits[num_actions:] + 1)
             # an afterstate has no priors of actions, a state none of outcomes
-            is_chance = jnp.sum(shares, axis=0, keepdims=True) > 0
-            decisions = jnp.where(is_chance, -jnp.inf, decide(own))
-            return jnp.concatenate([decisions, jnp.where(is_chance, shares, -jnp.inf)], axis=0)
+            is_chance = jnp.sum(shares, axis=0) > 0
+            return jnp.where(is_chance, num_actions + best(shares), best(found, order))
 
-        return scores
+        return choice
 
     wide = StochasticRecurrentState(
         state_embedding=root.embedding, afterstate_embedding=afterstate,
         is_decision_node=jnp.ones(batch, bool),
     )  # fmt: skip
     wide_root = RootFnOutput(prior_logits=root.prior_logits, value=root.value, embedding=wide)
-    tree = puct_search(
-        params, search_key, jnp.concatenate([masked(logits, invalid), none], axis=-1),
-        wide_root, step, rule, (pb_c_init, pb_c_base), is_local(qtransform), num_simulations,
-        jnp.pad(invalid, ((0, 0), (0, num_outcomes))), max_depth, loop_fn,
-    )  # fmt: skip
+    ties_key, search_key = jax.random.split(search_key)
+    wide_logits = joined(logits, none(batch, num_outcomes))
+    wide_invalid = jnp.pad(invalid, ((0, 0), (0, num_outcomes)))
+    constants = pb_c_init, pb_c_base
+    lanes = puct.lanes_of(ties_key, wide_root, wide_logits, wide_invalid, transform, constants)
+    budget = Budget(num_simulations, max_depth, loop_fn)
+    tree = puct.search(params, search_key, step, lanes, rule, transform, budget)
     tree = _of_actions(tree, num_actions)
     weights = tree.summary().visit_probs
-    action = jax.random.categorical(rng_key, tempered(weights, temperature))
-    return PolicyOutput(action=action, action_weights=weights, search_tree=tree)
+    return advice(jax.random.categorical(rng_key, tempered(weights, temperature)), weights, tree)
+
+
+def of_actions(node: Node, num_actions: int) -> Node:
+    """The nodes without the outcomes' part of their axis of choices.
+
+    Args:
+      node: L nodes of A + C choices.
+      num_actions: A.
+    """
+    names = "prior", "visits", "qvalues", "values"
+    outcomes = None if node.outcomes is None else node.outcomes[:, :num_actions]
+    return node._replace(
+        outcomes=outcomes, **{name: getattr(node, name)[:num_actions] for name in names}
+    )
 
 
 def _of_actions(tree: Tree, num_actions: int) -> Tree:

@@ -1,13 +1,7 @@
-"""Sequential halving with Gumbel at the root, one batch for each round of visits.
+"""The schedule of sequential halving at a root: rounds of visits, and the batches they run in.
 
-Danihelka et al. (2022), "Policy improvement by planning with Gumbel", algorithm 2 and its
-implementation in mctx, which scores anew before each simulation. A round visits every considered
-action once. Within a phase the order of its visits changes nothing, since simulations below
-different actions do not meet, so a round is one batch. In the first round of a later phase, fewer
-actions are visited than were considered before, chosen one at a time as their values come in: all
-are evaluated, the choice is replayed with the values now known, and only the chosen are kept. The
-visits are those of one simulation after the other, which is how a search runs whose batches would
-hold one action of each root.
+Danihelka et al. (2022), "Policy improvement by planning with Gumbel", algorithm 2. All but `made`
+is numpy and known before anything is compiled; `gumbel.py` says why a round is a batch.
 """
 
 from __future__ import annotations
@@ -15,11 +9,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 class Rounds(NamedTuple):
-    """Of one budget; rows are numbers of considered actions 0..m, columns are rounds."""
+    """The rounds of one budget of simulations.
+
+    Rows are numbers of considered actions, 0 to m; columns are rounds.
+    """
 
     candidates: np.ndarray  # [m + 1, rounds] actions that a round chooses from
     visits: np.ndarray  # [m + 1, rounds] how many of them it visits
@@ -27,7 +26,12 @@ class Rounds(NamedTuple):
 
 
 def sizes(considered: int, num_simulations: int) -> list[int]:
-    """How many actions each round visits; they sum to `num_simulations`."""
+    """How many actions each round visits; they sum to the simulations.
+
+    Args:
+      considered: actions that the search begins with.
+      num_simulations: of the whole search.
+    """
     if considered <= 1:
         return [1] * num_simulations
     phases = math.ceil(math.log2(considered))
@@ -42,10 +46,13 @@ def sizes(considered: int, num_simulations: int) -> list[int]:
     return found
 
 
-def schedule(most: int, num_simulations: int, halve_once: bool = False) -> Rounds:
-    """The rounds of every number of considered actions up to `most`.
+def rounds_of(most: int, num_simulations: int, halve_once: bool = False) -> Rounds:
+    """The rounds of every number of considered actions.
 
-    `halve_once`: a round visits all that it has, since the others were dropped before it.
+    Args:
+      most: considered actions at most.
+      num_simulations: of the whole search.
+      halve_once: a round visits all that it has, since the others were dropped before it.
     """
     table = [sizes(n, num_simulations) for n in range(most + 1)]
     longest = max(map(len, table))
@@ -60,14 +67,14 @@ def schedule(most: int, num_simulations: int, halve_once: bool = False) -> Round
 class Group(NamedTuple):
     """Consecutive rounds that one program runs."""
 
-    first: int
-    end: int
+    first: int  # of the rounds
+    end: int  # the first round after them
     width: int  # actions of a batch; a round is as many batches as it takes
     replayed: int  # most visits of a round that visits fewer actions than there are candidates
 
 
 class Machine(NamedTuple):
-    """What batches cost."""
+    """What batches of simulations cost; a lane is one node for the network."""
 
     latency: int  # lanes that take as long as the fixed cost of a batch
     lanes: int  # of a batch in which several actions of a root share it, at most
@@ -82,9 +89,15 @@ ACCELERATOR = Machine(latency=16_384, lanes=16_384, actions=8)
 
 
 def plan(rounds: Rounds, considered: range, batch: int, machine: Machine) -> list[Group]:
-    """At most two groups, since each is a program to compile, of the least cost.
+    """The groups of rounds of the least cost, two at most, since each is a program to compile.
 
     A batch of simulations costs as many lanes as it has, dead ones too, and its latency.
+
+    Args:
+      rounds: see there.
+      considered: the numbers of considered actions that roots may have.
+      batch: the number of roots, B.
+      machine: what batches cost.
     """
     rows = np.array(considered)
     length = int(rounds.total[rows].max())
@@ -127,7 +140,12 @@ def counts(rounds: Rounds) -> np.ndarray:
 
 
 def peak(rounds: Rounds, considered: range, groups: list[Group]) -> int:
-    """Nodes that a tree needs room for, those among them that a round drops again."""
+    """The nodes that a tree needs room for, those among them that a round drops again.
+
+    Args:
+      rounds, considered: as in `plan`.
+      groups: what `plan` made of them.
+    """
     rows = np.array(considered)
     visits, candidates = rounds.visits[rows].max(axis=0), rounds.candidates[rows].max(axis=0)
     before = 1 + np.cumsum(visits) - visits
@@ -137,3 +155,23 @@ def peak(rounds: Rounds, considered: range, groups: list[Group]) -> int:
         return int(before[i]) + max(batches * group.width, group.replayed)
 
     return max(room(i, group) for group in groups for i in range(group.first, group.end))
+
+
+def made(rounds: Rounds, considered: jax.Array, num_nodes: int) -> jax.Array:
+    """Which nodes of the roots' room are theirs, [B, N] bool.
+
+    Each round leaves room for the most visits of any root.
+
+    Args:
+      rounds: see there.
+      considered: [B] int32 numbers of considered actions.
+      num_nodes: N for which there is room.
+    """
+    visits = jnp.asarray(rounds.visits)[considered]
+    most = jnp.max(visits, axis=0)
+    ends = 1 + jnp.cumsum(most, dtype=jnp.int32)
+    node = jnp.arange(num_nodes, dtype=jnp.int32)
+    at = jnp.minimum(jnp.searchsorted(ends, node, side="right"), len(ends) - 1)
+    slot = node - (ends - most)[at]
+    inside = (slot >= 0) & (node < ends[-1])
+    return (node == 0)[None] | (inside[None] & (slot[None] < visits[:, at]))

@@ -12,29 +12,78 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
-from mbrl_jax.search.base import RecurrentFn
+from mbrl_jax.search.base import Lanes, Params, RecurrentFn
 
 Model = Callable[[jax.Array, jax.Array, Any], tuple[Any, Any]]
 """(number of the call, action [L], embedding [L, ...]) -> (RecurrentFnOutput, embedding)."""
-Search = Callable[[Model, Any], Any]
+Search = Callable[[Model, Lanes], Any]
 """(model, lanes [B, ...]) -> arrays [B, ...], each root by itself."""
 
 
-def over_seeds(search: Search, recurrent_fn: RecurrentFn) -> Callable[[Any, jax.Array, Any], Any]:
-    """(params, key, lanes) -> what `search` gives; under vmap one search of all lanes.
+def over_seeds(
+    search: Search, recurrent_fn: RecurrentFn, params: Params, key: jax.Array, lanes: Lanes
+) -> Any:
+    """What `search` gives; under `vmap`, one search of the lanes of all seeds.
 
-    `vmap` must reach what it maps through these arguments: a recurrent function that closes over a
-    mapped array is not seen.
+    Args:
+      search: the search of one seed; it may close over nothing that is traced.
+      recurrent_fn: as in `muzero_policy`; the traced values that it closes over are found and
+        mapped as `params` are.
+      params: handed to `recurrent_fn`.
+      key: folded with the number of each call of the model.
+      lanes: what the roots bring, [B, ...].
     """
-    return _run(search, recurrent_fn, None, ())
+    action = jnp.zeros(lanes.prior_logits.shape[0], jnp.int32)
+    function, closed = hoisted(recurrent_fn, params, key, action, lanes.embedding)
+
+    def step(everything: Any, *args: Any) -> Any:
+        return function(everything[1], everything[0], *args)
+
+    return _run(search, step, None, ())((params, closed), key, lanes)
+
+
+def hoisted(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """The function with the traced values that it closes over as an argument, and these values.
+
+    Args:
+      function: of arrays.
+      args: arrays, or their shapes, to try it with; it may later be called with others.
+
+    Returns:
+      (values, *args) -> what `function` gives where it reads `values` in place of those it closes
+      over; and the values.
+    """
+    shapes = jax.eval_shape(lambda *x: x, *args)
+    consts = jax.make_jaxpr(function)(*shapes).consts
+    found = [x for x in consts if isinstance(x, jax.core.Tracer)]
+    if not found:
+        return lambda _, *args: function(*args), []
+
+    def call(values: list[Any], *args: Any) -> Any:
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        given = {id(old): new for old, new in zip(found, values, strict=True)}
+        consts = [given.get(id(x), x) for x in closed.consts]
+        flat = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(closed.jaxpr, consts))
+        return jax.tree.unflatten(jax.tree.structure(shape), flat(*jax.tree.leaves(args)))
+
+    return call, found
 
 
 def _run(
     search: Search, recurrent_fn: RecurrentFn, seeds: int | None, axes: Sequence[int | None]
 ) -> Callable[..., Any]:
-    """`axes`, 0 or None, tells which leaves of the parameters have an axis of seeds in front."""
+    """(params, key, lanes) -> what `search` gives, with a batching rule.
+
+    Args:
+      search: as in `over_seeds`.
+      recurrent_fn: closes over nothing that is traced.
+      seeds: how many of them the lanes hold, one after another; None before any `vmap`, when the
+        key has no axis of seeds.
+      axes: 0 or None for each leaf of the parameters: whether an axis of seeds is in front.
+    """
 
     @jax.custom_batching.custom_vmap
     def run(params: Any, key: jax.Array, lanes: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Walks of many lanes through the trees: the backup, from new nodes up to the roots."""
+"""The backup: the values of new nodes carried up to the roots, many lanes at once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from mbrl_jax.search.forest import (
     VALUE,
     VISITS,
     Forest,
-    Rule,
-    best,
     bits,
     end_of,
     number,
+    outcomes_of,
     take,
     unpack,
 )
+from mbrl_jax.search.node import Rule
 
 WALKERS = 64
 """New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
@@ -34,31 +34,57 @@ SMALL = 2**18
 
 
 class Walk(NamedTuple):
-    """Lanes on their way from new nodes to the roots."""
+    """Lanes on their way from new nodes to the roots; L of them."""
 
     table: jax.Array  # [R, 4 W] of the forest
-    lanes: jax.Array  # [L, 3] number of the new node, row, bits of the return so far
+    lanes: jax.Array  # [L, 3] int32: number of the new node, row, bits of the return so far
     returns: jax.Array  # [new nodes, or L if that is more] at the roots, 0 before they are known
     span: jax.Array | None  # of the forest
+    outcomes: jax.Array | None  # of the forest
     scratch: list[jax.Array]  # see `fetched`
 
 
 def backup(
-    forest: Forest, first_row: Any, live: jax.Array, rule: Rule | None, max_depth: int
+    forest: Forest, first_row: jax.Array, live: jax.Array, rule: Rule | None, max_depth: int
+) -> Forest:
+    """Counts new nodes at all edges above them and in the values of the roots.
+
+    Args:
+      forest: in which they are stored.
+      first_row: [] int32; the new nodes are the rows from there on.
+      live: [k * B] bool, k nodes of each root one after another; those that are not live change
+        nothing. In a forest with a span k is 1.
+      rule: chooses the edges' targets; None where no lookup will follow.
+      max_depth: of a node; looked at in a forest that keeps depths.
+    """
+    forest, returns = carried(forest, first_row, live, rule, max_depth)
+    returns, live = (x.reshape(-1, forest.batch) for x in (returns, live))
+    value, visits = forest.root_value, forest.root_visits
+    for returned, counts in zip(returns, live, strict=True):
+        visits = visits + counts
+        # one after another and with a counted divisor, as mctx has it: where all values are equal,
+        # the last bit of a mean chooses among the actions
+        value = jnp.where(counts, (value * (visits - 1) + returned) / visits, value)
+    return dataclasses.replace(forest, root_value=value, root_visits=visits)
+
+
+def carried(
+    forest: Forest, first_row: jax.Array, live: jax.Array, rule: Rule | None, max_depth: int
 ) -> tuple[Forest, jax.Array]:
     """Carries the raw values of new nodes up to the roots, which stay as they are.
 
-    The new nodes are the rows from `first_row` on; those that are not `live` [new nodes] change
-    nothing. In a forest with a span there is one for each root. `rule` chooses the edges' targets;
-    None where no lookup will follow. -> the forest, and the returns at the roots [new nodes], 0
-    where not live.
+    Args:
+      forest, first_row, live, rule, max_depth: as in `backup`.
+
+    Returns:
+      The forest, and the returns at the roots [k * B] float32, 0 where not live.
     """
     batch, width, num = forest.batch, forest.width, live.shape[0]
     most = num if forest.span is not None or jax.default_backend() != "cpu" else WALKERS
     # one has another beside it that has nothing to do, since XLA makes a write of one row a slice
     # update that copies the table
     walkers = max(min(most, num), 2)
-    rows = first_row + jnp.arange(num)
+    rows = first_row + jnp.arange(num, dtype=jnp.int32)
     raw = take(forest.cells, (rows + 1) * width - 1)[:, RAW]
 
     def begin(new: jax.Array) -> jax.Array:
@@ -69,6 +95,7 @@ def backup(
     def level(walk: Walk) -> Walk:
         new, row, returned = walk.lanes[:, 0], walk.lanes[:, 1], number(walk.lanes[:, 2])
         cells, span, scratch = walk.table.reshape(-1, 4), walk.span, list(walk.scratch)
+        outcomes = walk.outcomes
         busy = live.at[new].get(mode="fill", fill_value=False)
         if rule is None:
             own, scratch[0] = fetched(cells, (row + 1) * width - 1, scratch[0])
@@ -81,13 +108,21 @@ def backup(
         value = (before * cell[:, VISITS] + returned) / visits
         reward, discount = number(own[:, REWARD]), number(own[:, DISCOUNT])
         qvalue = reward + discount * value
+        if outcomes is not None:
+            # written before it is read, or XLA copies all of it
+            place = jnp.where(busy, above // width, outcomes.shape[0]), above % width
+            pair = jnp.stack([reward, discount], axis=-1)
+            outcomes = outcomes.at[place].set(pair, mode="drop", unique_indices=True)
         if span is not None:
             wider = jnp.minimum(span[0], qvalue), jnp.maximum(span[1], qvalue)
             span = jnp.where(busy[None], jnp.stack(wider), span)
         target = row
         if rule is not None:
-            node = node._replace(value=value, total=visits, root=row % batch)
-            edge = row * width + best(rule(node))
+            node = node._replace(
+                value=value, total=visits, root=row % batch, number=row // batch,
+                outcomes=outcomes_of(outcomes, row),
+            )  # fmt: skip
+            edge = row * width + rule(node)
             found, scratch[0] = fetched(cells, edge, scratch[0])
             target = end_of(edge, found)
             if forest.depth is not None:
@@ -111,14 +146,17 @@ def backup(
             lanes = jnp.where(done[:, None], begin(following), lanes)
         else:
             returns = jnp.where(arrived, returned, walk.returns)
-        return Walk(cells.reshape(walk.table.shape), lanes, returns, span, scratch)
+        return Walk(cells.reshape(walk.table.shape), lanes, returns, span, outcomes, scratch)
 
     widths = (4, 4) if rule is None else (4, 4, 4 * width)
     scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
-    returns = jnp.zeros(max(walkers, num))
-    start = Walk(forest.table, begin(jnp.arange(walkers)), returns, forest.span, scratch)
+    start = Walk(
+        forest.table, begin(jnp.arange(walkers, dtype=jnp.int32)),
+        jnp.zeros(max(walkers, num), jnp.float32), forest.span, forest.outcomes, scratch,
+    )  # fmt: skip
     walk = walked(lambda walk: jnp.any(walk.lanes[:, 0] < num), level, start)
-    return dataclasses.replace(forest, table=walk.table, span=walk.span), walk.returns[:num]
+    forest = dataclasses.replace(forest, table=walk.table, span=walk.span, outcomes=walk.outcomes)
+    return forest, walk.returns[:num]
 
 
 Lanes = TypeVar("Lanes")
@@ -127,9 +165,14 @@ Lanes = TypeVar("Lanes")
 def walked(
     going: Callable[[Lanes], jax.Array], level: Callable[[Lanes], Lanes], start: Lanes
 ) -> Lanes:
-    """`level` of `start`, again and again while lanes are `going`; it leaves idle ones alone.
+    """The lanes after as many levels as it takes.
 
     An accelerator waits for its host before each turn of the loop, so that a turn is two levels.
+
+    Args:
+      going: (lanes) -> [] bool, whether any has a level to go.
+      level: (lanes) -> lanes one level on; it leaves those alone that have arrived.
+      start: the lanes before the first level.
     """
     if jax.default_backend() == "cpu":
         return jax.lax.while_loop(going, level, start)
@@ -137,12 +180,20 @@ def walked(
 
 
 def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [R, C] at index [L], [L, C], by way of scratch [L + 1, C], which a loop carries; and that.
+    """Rows of an array that the same turn of a loop writes to afterwards.
 
     On an accelerator XLA would move the gather into the write that follows, which then copies all
     of x. On a CPU it takes a gather for a pass over all of x and spreads it over threads, which
     costs more than the few rows do. An update of a slice, here of all but one row, it does not
     spread; nor a small x.
+
+    Args:
+      x: [R, C].
+      index: [L] int32.
+      scratch: [L + 1, C], which the loop carries.
+
+    Returns:
+      x at index [L, C], and the scratch to carry on.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.optimization_barrier(take(x, index)), scratch

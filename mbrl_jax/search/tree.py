@@ -1,4 +1,4 @@
-"""A finished search as the `Tree` that its users inspect, and from which another may go on."""
+"""A finished search as the `Tree` that its users inspect, measure, and go on from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.search import forest as forests
-from mbrl_jax.search.base import Tree
-from mbrl_jax.search.forest import Forest, Node, Rule
+from mbrl_jax.search.base import PolicyOutput, Tree
+from mbrl_jax.search.forest import Forest
+from mbrl_jax.search.node import Node, Rule, safe_log
+from mbrl_jax.search.qtransforms import mixed_value
+from mbrl_jax.types import InputError
 
 
 def export(
@@ -21,9 +24,15 @@ def export(
     extra_data: Any = None,
     made: jax.Array | None = None,
 ) -> Tree:
-    """The trees, without the nodes that `made` [B, N] does not name (None: all are there).
+    """A forest as trees.
 
-    `prior_logits` [B, A] are those of the roots.
+    Args:
+      forest: with room for at least `num_simulations` + 1 nodes.
+      num_simulations: N - 1 of the trees.
+      prior_logits: [B, A] of the roots.
+      invalid: [B, A] bool, actions that the roots could not take.
+      extra_data: [B, ...] for the field of that name.
+      made: [B, rows of a root] bool, which rows hold a node that stays; None: all.
     """
     batch, num_actions, width = forest.batch, forest.num_actions, forest.width
     num_nodes = num_simulations + 1
@@ -35,7 +44,7 @@ def export(
         return x[:, :num_nodes]
 
     if made is not None:
-        order = jnp.argsort(~made, axis=1, stable=True)
+        order = jnp.argsort(~made, axis=1, stable=True).astype(jnp.int32)
     table = by_root(forest.table)
     edges = table[..., : 4 * num_actions].reshape(batch, num_nodes, num_actions, 4)
     prior = forests.number(table[..., 4 * num_actions : 5 * num_actions])
@@ -43,12 +52,13 @@ def export(
     edge = cell[..., forests.PARENT]
     parent, action = edge // width // batch, edge % width
     if made is not None:
-        parent = jnp.take_along_axis(jnp.argsort(order, axis=1), parent, axis=1)
-    root = (jnp.arange(num_nodes) == 0)[None]
+        rank = jnp.argsort(order, axis=1).astype(jnp.int32)
+        parent = jnp.take_along_axis(rank, parent, axis=1)
+    root = (jnp.arange(num_nodes, dtype=jnp.int32) == 0)[None]
     known = ~root & (edge >= 0)
     if made is not None:
         known = known & jnp.take_along_axis(made, order, axis=1)[:, :num_nodes]
-    lane = jnp.arange(batch)[:, None]
+    lane = jnp.arange(batch, dtype=jnp.int32)[:, None]
     # one that is made anew, where depth is limited, takes the place of the older one
     child = jnp.full((batch, num_nodes, num_actions), Tree.UNVISITED, jnp.int32)
     own = jnp.broadcast_to(jnp.arange(num_nodes, dtype=jnp.int32)[None], known.shape)
@@ -69,9 +79,9 @@ def export(
         above = x[lane, jnp.maximum(parent, 0), jnp.maximum(action, 0)]
         return jnp.where(root, root_value[:, None], jnp.where(known, above, 0))
 
-    logits = forests.safe_log(prior).at[:, 0].set(prior_logits)
+    logits = safe_log(prior).at[:, 0].set(prior_logits)
     return Tree(
-        node_visits=of_own_edge(visits, 1 + jnp.sum(visits[:, 0], axis=-1)),
+        node_visits=of_own_edge(visits, forest.root_visits),
         raw_values=jnp.where(known | root, raw, 0.0),
         node_values=of_own_edge(values, forest.root_value),
         parents=parent,
@@ -116,11 +126,11 @@ def advance(tree: Tree, action: jax.Array) -> Tree:
       Trees with room for as many nodes, whose root is the action's child.
 
     Raises:
-      ValueError: actions whose shape does not agree.
+      InputError: actions whose shape does not agree.
     """
     batch, num_nodes = tree.parents.shape
     if jnp.shape(action) != (batch,):
-        raise ValueError(f"action of shape {jnp.shape(action)}: expected {(batch,)}, as the tree")
+        raise InputError(f"action of shape {jnp.shape(action)}: expected {(batch,)}, as the tree")
     number = jnp.arange(num_nodes, dtype=jnp.int32)[None]
 
     def twice(_: int, top: jax.Array) -> jax.Array:
@@ -133,7 +143,7 @@ def advance(tree: Tree, action: jax.Array) -> Tree:
     child = jnp.take_along_axis(tree.children_index[:, 0], chosen, axis=1)
     child = jnp.where(action[:, None] >= 0, child, Tree.UNVISITED)
     inside = (top == child) & (tree.parents >= 0)
-    order = jnp.argsort(~inside, axis=1, stable=True)
+    order = jnp.argsort(~inside, axis=1, stable=True).astype(jnp.int32)
     rank = jnp.argsort(order, axis=1).astype(jnp.int32)
     here = jnp.take_along_axis(inside, order, axis=1)
 
@@ -169,7 +179,14 @@ def advance(tree: Tree, action: jax.Array) -> Tree:
 
 
 def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
-    """A forest of new roots, `empty` but for them, with the nodes that `tree` has below its own."""
+    """A forest of new roots with the nodes that a tree has below its own.
+
+    Args:
+      empty: the new roots, without visits.
+      tree: with room for as many nodes.
+      rule: chooses the edges' targets.
+      max_depth: of a node; looked at in a forest that keeps depths.
+    """
     batch, num_nodes, num_actions = tree.children_index.shape
     width = empty.width
     child = jnp.moveaxis(tree.children_index, 0, 1)  # [N, B, A]
@@ -181,14 +198,21 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
     qvalues = jnp.where(visits > 0, rewards + discounts * values, 0.0)
     below = (tree.parents >= 0).T  # [N, B]
     parent, action = jnp.maximum(tree.parents.T, 0), jnp.maximum(tree.action_from_parent.T, 0)
-    lane, number = jnp.arange(batch)[None], jnp.arange(num_nodes)[:, None]
+    lane = jnp.arange(batch, dtype=jnp.int32)[None]
+    number = jnp.arange(num_nodes, dtype=jnp.int32)[:, None]
     above = (parent * batch + lane) * width + action
-    total = 1 + jnp.sum(visits[0], axis=-1)
+    total = 1 + jnp.sum(visits[0], axis=-1, dtype=jnp.int32)
     root_value = (empty.root_value + jnp.sum(visits[0] * qvalues[0], axis=-1)) / total
     prior = jnp.exp(jnp.moveaxis(tree.children_prior_logits, 0, 1))
+    outcomes = None
+    if empty.outcomes is not None:
+        known = (visits > 0)[..., None]
+        outcomes = jnp.where(known, jnp.stack([rewards, discounts], axis=-1), 0.0)  # [N, B, A, 2]
     node = Node(
-        prior.mT, visits.mT, qvalues.mT, tree.raw_values.T, tree.node_values.T, tree.node_visits.T,
-        jnp.broadcast_to(lane, parent.shape),
+        prior.mT, visits.mT, qvalues.mT, values.mT, tree.raw_values.T, tree.node_values.T,
+        tree.node_visits.T, jnp.broadcast_to(lane, parent.shape),
+        jnp.broadcast_to(number, parent.shape),
+        None if outcomes is None else outcomes.transpose(0, 3, 2, 1),
     )  # fmt: skip
 
     span, depth = None, node_depths(tree).T
@@ -197,7 +221,7 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
         span = jnp.stack([seen[0].min(axis=(0, 2)), seen[1].max(axis=(0, 2))])
         target = child * batch + lane[..., None]
     else:
-        best = jax.vmap(lambda one: forests.best(rule(one)))(node)
+        best = jax.vmap(rule)(node)
         further = jnp.take_along_axis(child, best[..., None], axis=-1)[..., 0]
         ends = (number * batch + lane) * width + best
         if empty.depth is not None:
@@ -217,23 +241,60 @@ def restore(empty: Forest, tree: Tree, rule: Rule, max_depth: int) -> Forest:
     def under_roots(x: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.concatenate([own[:batch], rows(x)[batch:]])
 
-    known = forests.record(
+    records = forests.record(
         rows(prior), rows(tree.raw_values.T), rows(rewards[parent, lane, action]),
         rows(discounts[parent, lane, action]), rows(jnp.where(below, above, -1)),
     )  # fmt: skip
-    known = jnp.concatenate([empty.records(jnp.arange(batch)), known[batch:]])
+    records = jnp.concatenate([empty.records(lane[0]), records[batch:]])
     target = jnp.where(visits > 0, target, 0)
     edges = jnp.stack([visits, forests.bits(qvalues), forests.bits(values), target], axis=-1)
     edges = edges.reshape(-1, 4 * num_actions)
     embeddings = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), tree.embeddings)
     return dataclasses.replace(
         empty,
-        table=jnp.concatenate([edges, known], axis=-1),
+        table=jnp.concatenate([edges, records], axis=-1),
         embedding=jax.tree.map(under_roots, embeddings, empty.embedding),
         root_value=root_value,
+        root_visits=total,
         depth=None if empty.depth is None else rows(depth),
         span=span,
+        outcomes=None if outcomes is None else rows(outcomes),
     )
+
+
+def search_metrics(output: PolicyOutput) -> dict[str, jax.Array]:
+    """What a search did, in numbers for a log.
+
+    Args:
+      output: of any policy.
+
+    Returns:
+      For each root [B] float32: `depth_mean` and `depth_max`, edges between a root and its nodes;
+      `visit_entropy` of the shares of visits at the root, in nats; `policy_improvement`, the value
+      that the action weights promise beyond the prior's, sum of (weight - prior) q with the mixed
+      value for actions not visited.
+    """
+    tree = output.search_tree
+    has_parent = tree.parents >= 0
+    depth = node_depths(tree)
+    num = jnp.maximum(jnp.sum(has_parent, axis=1, dtype=jnp.int32), 1)
+    summary = tree.summary()
+    shares = summary.visit_probs
+    logits = tree.children_prior_logits[:, 0]
+    prior = jax.nn.softmax(jnp.where(tree.root_invalid_actions > 0, -jnp.inf, logits))
+    prior = jnp.nan_to_num(prior)  # a root without a valid action
+    visits = tree.children_visits[:, 0]
+    mixed = jax.vmap(mixed_value)(
+        tree.raw_values[:, 0], prior, visits, summary.qvalues, tree.node_visits[:, 0] - 1
+    )
+    values = jnp.where(visits > 0, summary.qvalues, mixed[:, None])
+    below = jnp.where(has_parent, depth, 0)
+    return {
+        "depth_mean": jnp.sum(below, axis=1).astype(jnp.float32) / num.astype(jnp.float32),
+        "depth_max": jnp.max(below, axis=1).astype(jnp.float32),
+        "visit_entropy": -jnp.sum(jax.scipy.special.xlogy(shares, shares), axis=-1),
+        "policy_improvement": jnp.sum((output.action_weights - prior) * values, axis=-1),
+    }
 
 
 def _doublings(tree: Tree) -> int:
