@@ -156,7 +156,7 @@ def replay(
             node = node._replace(value=jnp.where(counts, value, node.value))
         if child is not None:
             node = node._replace(values=jnp.where(taken, child, node.values))
-        if outcome is not None:
+        if outcome is not None and node.outcomes is not None:
             node = node._replace(outcomes=jnp.where(taken[None], outcome, node.outcomes))
         return node, jnp.where(slot == i, action[:, None], order)
 
