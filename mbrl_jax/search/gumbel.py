@@ -59,7 +59,7 @@ def improved_policy(values: Values) -> Rule:
         # an action of prior 0, such as an illegal one, must not set the scale of the others
         allowed = node.prior >= jnp.finfo(node.prior.dtype).tiny
         top = jnp.max(jnp.where(allowed, added, -jnp.inf), axis=0, keepdims=True)
-        weights = jnp.where(allowed, node.prior * jnp.exp(added - top), 0.0)
+        weights = node.prior * jnp.exp(jnp.minimum(added - top, 0.0))
         policy = weights / jnp.sum(weights, axis=0, keepdims=True)
         return best(policy - node.visits / node.total.astype(jnp.float32)[None])
 
