@@ -59,7 +59,7 @@ def improved_policy(values: Values) -> Rule:
         # an action of prior 0, such as an illegal one, must not set the scale of the others
         allowed = node.prior >= jnp.finfo(node.prior.dtype).tiny
         top = jnp.max(jnp.where(allowed, added, -jnp.inf), axis=0, keepdims=True)
-        weights = jnp.where(allowed, node.prior * jnp.exp(added - top), 0.0)
+        weights = node.prior * jnp.exp(jnp.minimum(added - top, 0.0))
         policy = weights / jnp.sum(weights, axis=0, keepdims=True)
         return best(policy - node.visits / node.total.astype(jnp.float32)[None])
 
@@ -104,8 +104,10 @@ def search(
     max_considered: int,
     halve_once: bool,
     with_masks: bool,
-) -> tuple[Tree, jax.Array]:
-    """The trees of a Gumbel search, and its transformed values [B, A] at the roots.
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """The trees of a Gumbel search.
+
+    Beside them the transformed values at their roots, [B, A], and the roots' values, [B] float32.
 
     Args:
       params, key, recurrent_fn: see `vmapping.over_seeds`.
@@ -138,7 +140,7 @@ def search(
             "traced bounds too, such as jax.lax.fori_loop"
         )
 
-    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array]:
+    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array, jax.Array]:
         logits, batch = lanes.prior_logits, lanes.prior_logits.shape[0]
         considered = jnp.full(batch, most, jnp.int32)
         if with_masks:
@@ -157,7 +159,13 @@ def search(
         values, gumbel = values_of(transform, lanes.closed), lanes.gumbel
         assert gumbel is not None
         halving = Halving(
-            noisy(gumbel, logits), lanes.invalid.T, considered, values, rounds, halve_once
+            noisy(gumbel, logits),
+            lanes.invalid.T,
+            considered,
+            values,
+            transform.reads,
+            rounds,
+            halve_once,
         )
         if one_by_one:
             forest = in_sequence(forest, model, halving, budget)
@@ -170,7 +178,7 @@ def search(
         # of the forest, since a tree's values would be made for all of its nodes
         added = values(forests.roots(forest)).T
         tree = trees.export(forest, budget.num_simulations, logits, lanes.invalid, extra, made)
-        return tree, added
+        return tree, added, forest.root_value
 
     return vmapping.over_seeds(run, recurrent_fn, params, key, lanes)
 

@@ -91,9 +91,10 @@ def muzero_policy(
         ties_key, root, masked(logits, invalid), invalid, transform, constants, search_tree
     )
     rule, budget = partial(puct.rule_of, transform), Budget(num_simulations, max_depth, loop_fn)
-    tree = puct.search(params, search_key, recurrent_fn, lanes, rule, transform, budget)
+    tree, value = puct.search(params, search_key, recurrent_fn, lanes, rule, transform, budget)
     weights = tree.summary().visit_probs
-    return advice(jax.random.categorical(rng_key, tempered(weights, temperature)), weights, tree)
+    action = jax.random.categorical(rng_key, tempered(weights, temperature))
+    return advice(action, weights, tree, lanes, value)
 
 
 def gumbel_muzero_policy(
@@ -143,9 +144,9 @@ def gumbel_muzero_policy(
     with_masks = invalid_actions is not None
     lanes = gumbel.lanes_of(gumbel_key, root, invalid, transform, gumbel_scale, with_masks)
     budget = Budget(num_simulations, max_depth, loop_fn)
-    tree, added = gumbel.search(
+    tree, added, value = gumbel.search(
         params, rng_key, recurrent_fn, lanes, transform, budget, max_num_considered_actions,
         halve_once, with_masks,
     )  # fmt: skip
     weights = jax.nn.softmax(masked(lanes.prior_logits + added, invalid))
-    return advice(candidates.final_action(lanes, tree, added), weights, tree)
+    return advice(candidates.final_action(lanes, tree, added), weights, tree, lanes, value)
