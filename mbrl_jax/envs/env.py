@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mbrl_jax import prng
 from mbrl_jax.types import EnvSpec, PyTree, Step
+from mbrl_jax.x64 import in_32_bits
 
 
 class TimeStep(NamedTuple):
@@ -42,11 +43,13 @@ class Env:
     cached_resets: int = 0  # start states drawn once per run and reused; 0 draws each afresh
     arguments: tuple[tuple[str, Any], ...] = ()  # what `make_env` was called with, for the record
 
+    @in_32_bits
     def reset(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A first state and its observation `[*obs_shape]`."""
         obs, state = self.base.reset_env(key, self.params)
         return _strong(state), self._cast(obs)
 
+    @in_32_bits
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> tuple[PyTree, TimeStep]:
         """One step without reset; `action` is [] int32 or [action_dim] float32."""
         obs, state, reward, terminated, _ = self.base.step_env(
@@ -97,6 +100,7 @@ class BatchState(NamedTuple):
     pool: PyTree  # ([K, ...] states, [K, *obs_shape]) cached resets, or None
 
 
+@in_32_bits
 def reset_batch(env: Env, key: jax.Array, num_envs: int, delayed: bool = False) -> BatchState:
     """The first observations of `num_envs` environments."""
     pool = None
@@ -108,6 +112,7 @@ def reset_batch(env: Env, key: jax.Array, num_envs: int, delayed: bool = False) 
     return BatchState(state, obs, jnp.ones(num_envs, bool), ended, pool)
 
 
+@in_32_bits
 def step_batch(
     env: Env, key: jax.Array, batch: BatchState, action: jax.Array
 ) -> tuple[BatchState, Step]:
