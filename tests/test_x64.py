@@ -70,14 +70,14 @@ def check_every_agent_is_the_same_program():
         assert got == expected, name
 
 
-def equal(got, expected, tolerance=0.0):
-    """The same structure and dtypes, and the same bits without a tolerance."""
+def equal(got, expected):
+    """The same structure, dtypes and bits."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         assert np.asarray(x).dtype == np.asarray(y).dtype
-        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+        np.testing.assert_array_equal(x, y)
 
 
 def check_runs_are_the_same_bits(out):
@@ -185,15 +185,26 @@ def replay_and_networks(key, given):
 
 
 def check_parts_are_the_same():
-    """What the README calls by itself, within a jit of the user's, on arrays of 64 bits."""
+    """What the README calls by itself, within a jit of the user's."""
     key = jax.random.key(0)
     for env_id in ENVS:
         mbrl_jax.make_env(env_id)  # outside of jit, where some cannot be built
     for part in (environments_and_agents, planners, of_models, replay_and_networks):
         with jax.enable_x64(False):
-            expected = jax.jit(lambda *args, part=part: part(*args))(key, arrays(np.float32))
-        # the casts change what XLA fuses, and so the last bit
-        equal(jax.jit(part)(key, arrays(np.float64)), expected, 1e-4)
+            expected = jax.eval_shape(lambda *args, part=part: part(*args), key, arrays(np.float32))
+        got = jax.eval_shape(part, key, arrays(np.float64))
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), got) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), expected
+        ), part
+    for part in (planners, of_models):
+        wrapped = jax.jit(lambda *args, part=part: part(*args))
+        with jax.enable_x64(False):
+            expected = text(wrapped.lower(key, arrays(np.float32)))
+        assert text(wrapped.lower(key, arrays(np.float32))) == expected
+    for draw in (prng.split, lambda k: prng.uniform(k, 5), lambda k: prng.shuffles(k, 2, 9)):
+        with jax.enable_x64(False):
+            expected = draw(key)
+        equal(draw(key), expected)
 
 
 def run_with_the_flag(call):

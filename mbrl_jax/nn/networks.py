@@ -140,7 +140,7 @@ class PolicyNetwork(linen.Module):
         out = net(Torso(self.spec)(obs))
         if self.spec.discrete:
             return out
-        log_std = self.param("log_std", linen.initializers.zeros, (size,))
+        log_std = self.param("log_std", linen.initializers.zeros, (size,), jnp.float32)
         return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
 
 
@@ -228,8 +228,8 @@ class BatchRenorm(linen.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, width, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
         steps = self.variable("batch_stats", "steps", lambda: jnp.float32(0))
-        scale = self.param("scale", linen.initializers.ones, (width,))
-        bias = self.param("bias", linen.initializers.zeros, (width,))
+        scale = self.param("scale", linen.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", linen.initializers.zeros, (width,), jnp.float32)
         centre, spread = mean.value, jnp.sqrt(var.value + self.epsilon)
         if train:
             axes = tuple(range(x.ndim - 1))
