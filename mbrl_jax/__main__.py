@@ -159,6 +159,10 @@ def _train(args: list[str]) -> int:
     )
     options = parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
     _check_processes(options)
+    if definition.tabular:
+        from mbrl_jax.runtime.devices import loops_as_kernels
+
+        loops_as_kernels()
     _start_backend(options.cpu_devices, options.seeds // (options.num_processes or 1))
     if options.coordinator is not None:
         _join(options)

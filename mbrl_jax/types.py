@@ -202,6 +202,7 @@ class EnvSpec:
             in a final observation, it is action 0.
         """
         if self.num_actions is None:
+            self.check_bounded("a uniformly random action")
             low, high = self.bounds(1)
             return jax.random.uniform(key, low.shape, jnp.float32, low, high)
         if legal is None:

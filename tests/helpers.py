@@ -1,6 +1,7 @@
 """What the tests of runs share: the command line as a process, and what a run folder holds."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -132,6 +133,14 @@ def steps(out):
     """The finished checkpoints of a run, oldest first."""
     folder = out / "checkpoints"
     return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+
+def assert_same_results(a, b):
+    """Two run folders that hold the same run: rows, newest checkpoint and configuration."""
+    assert rows(a) == rows(b)
+    assert_same(saved(a), saved(b))
+    config = [json.loads((out / "config.json").read_text())["run"] for out in (a, b)]
+    assert config[0] == config[1]
 
 
 def rows(out):

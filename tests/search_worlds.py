@@ -121,9 +121,9 @@ def invalid_of(seed, batch, num_actions):
     return mask
 
 
-def first_in_order(lanes, node, found):
+def first_in_order(lanes, node):
     """In place of PUCT's order among equals: the first action, as mctx without its noise."""
-    return jnp.zeros(found.shape, jnp.int32)
+    return jnp.zeros(node.prior.shape, jnp.uint32)
 
 
 def searcher(library, policy, batch, num_simulations, transform=None, **options):

@@ -168,6 +168,8 @@ BAD = {
     "many steps": ([*TRAIN, "--total-steps", "3000000000"], "total_steps", str(2**31 - 1)),
     "eval-every": ([*TRAIN, "--eval-every", "0"], "eval_every = 0", "1 or more"),
     "eval-episodes": ([*TRAIN, "--eval-episodes", "-1"], "eval_episodes = -1", "0 or more"),
+    "checkpoint-every": ([*TRAIN, "--checkpoint-every", "0"], "checkpoint_every = 0", "1 or more"),
+    "keep-checkpoints": ([*TRAIN, "--keep-checkpoints", "0"], "keep_checkpoints = 0", "1 or more"),
     "eval-max-steps": ([*TRAIN, "--eval-max-steps", "0"], "eval_max_steps = 0", "1 or more"),
     "step size 0": ([*TRAIN, "--agent.step-size", "0"], "step_size = 0.0", "(0, 1]"),
     "step size 1.5": ([*TRAIN, "--agent.step-size", "1.5"], "step_size = 1.5", "(0, 1]"),
@@ -250,7 +252,8 @@ CHANGED = {
     "env": (["--env", "DynaMaze-sutton", "--env-args"], "DynaMaze-sutton", "FrozenLake-misc"),
     "seeds": (["--seeds", "3"], "seeds is 3", "2"),
     "seed": (["--seed", "1"], "seed is 1", "0"),
-    "total steps": (["--total-steps", "300"], "total_steps is 300", "200"),
+    "total steps": (["--total-steps", "100"], "total_steps = 100", "has done 200 steps"),
+    "periods": (["--total-steps", "250", "--eval-every", "90"], "every 100", "such as 200 or 300"),
     "eval-every": (["--eval-every", "50"], "eval_every is 50", "100"),
     "eval-episodes": (["--eval-episodes", "3"], "eval_episodes is 3", "2"),
 }

@@ -1,5 +1,10 @@
 """The tabular agents against plain Python versions of the book's algorithms."""
 
+import ast
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +273,70 @@ def test_every_tabular_agent_learns_the_lake(lake):
             planning_steps=(0 if name == "q_learning" else 5),
         )
         assert result.history["eval_return"][:, -1].mean() > 0.9, name
+
+
+LOOPS = """
+import os, sys
+import jax
+import numpy as np
+import mbrl_jax
+from mbrl_jax.runtime import devices
+from mbrl_jax.runtime.train import make_job, traced
+
+if sys.argv[1] == "kernels":
+    devices.loops_as_kernels()
+env = mbrl_jax.make_env("FrozenLake-misc", is_slippery=True)
+found = []
+for name, fields in (("dyna_q", {"planning_steps": 3}), ("prioritised_sweeping", {})):
+    definition = mbrl_jax.AGENTS[name]
+    job = make_job(definition, env, 200, 2, 0, 200, 0, None, "auto", fields)
+    init, chunk = job.functions()
+    config = traced(job.config)
+    run = init(job.keys(), config)
+    text = chunk.lower(job.like(), config, np.int32(0)).compile().as_text()
+    entry = text[text.index("ENTRY"):]
+    # whether the entry has a loop that is not within a kernel
+    found.append((job.mode, "while(" in entry))
+    run, metrics = chunk(run, config, np.int32(0))
+    leaves = jax.tree.leaves((run.agent, metrics))
+    found.append([np.asarray(x).tobytes().hex() for x in leaves])
+before = os.environ.get("XLA_FLAGS")
+devices.loops_as_kernels()  # too late
+assert os.environ.get("XLA_FLAGS") == before
+print(found)
+"""
+
+
+def test_loops_as_kernels_change_the_speed_and_no_bit():
+    """The whole training loop is one kernel of the CPU; state and metrics are those without it."""
+    found = {}
+    for kind in ("kernels", "plain"):
+        variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            [sys.executable, "-c", LOOPS, kind], capture_output=True, text=True, timeout=300,
+            env={**variables, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[kind] = ast.literal_eval(done.stdout)
+    assert found["kernels"][1::2] == found["plain"][1::2]
+    assert found["kernels"][::2] == [("map", False)] * 2
+    assert found["plain"][::2] == [("vmap", True)] * 2
+
+
+def test_tabular_agents_alone_ask_for_loops_as_kernels():
+    tabular = {name for name, definition in AGENTS.items() if definition.tabular}
+    assert tabular == {"q_learning", "dyna_q", "dyna_q_plus", "prioritised_sweeping"}
+
+
+@pytest.mark.parametrize(("agent", "asks"), [("dyna_q", True), ("dqn", False)])
+def test_the_command_line_asks_for_loops_as_kernels(agent, asks, monkeypatch):
+    from mbrl_jax import __main__ as command_line
+    from mbrl_jax.runtime import devices
+
+    calls = []
+    monkeypatch.setattr(devices, "loops_as_kernels", lambda: calls.append("asked"))
+    monkeypatch.setattr(command_line, "_start_backend", lambda *_: calls.append("started"))
+    monkeypatch.setattr(command_line, "_train_with", lambda *_: 0)
+    command = ["train", agent, "--env", "CartPole-v1", "--total-steps", "10", "--out", "runs/x"]
+    assert command_line.main(command) == 0
+    assert calls == ["asked", "started"] if asks else ["started"]

@@ -1,12 +1,10 @@
-"""When a run is saved, and runs that go on to another total; both bit for bit."""
+"""When a run is saved, and what it loses in between: nothing but time, bit for bit."""
 
 import itertools
-import json
-import os
-import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
@@ -14,7 +12,7 @@ from helpers import (
     SHORT,
     SMALL,
     assert_same,
-    contents,
+    assert_same_results,
     finish,
     rows,
     saved,
@@ -23,15 +21,13 @@ from helpers import (
     train_until,
 )
 
-from mbrl_jax import AGENTS, InputError, make_env, train
+from mbrl_jax import InputError, make_env, train
 from mbrl_jax.__main__ import main
 from mbrl_jax.runtime import folder
 from mbrl_jax.runtime.evaluate import evaluate_run, evaluation_keys
 from mbrl_jax.runtime.folder import default_spacing
-from mbrl_jax.runtime.loop import make_program
 from mbrl_jax.runtime.train import make_job
 
-LONG = {**SHORT, "total_steps": 500}  # 10 periods instead of 6
 MIB = 2**20
 
 
@@ -41,26 +37,6 @@ def short(lake, tmp_path_factory):
     out = tmp_path_factory.mktemp("short") / "run"
     train("dyna_q", lake, out=out, **SHORT)
     return out
-
-
-@pytest.fixture(scope="module")
-def long(lake, tmp_path_factory):
-    """The same run, of 10 periods from the start."""
-    out = tmp_path_factory.mktemp("long") / "run"
-    train("dyna_q", lake, out=out, **LONG)
-    return out
-
-
-@pytest.fixture
-def run(short, tmp_path):
-    return shutil.copytree(short, tmp_path / "run")
-
-
-def assert_same_results(a, b):
-    assert rows(a) == rows(b)
-    assert_same(saved(a), saved(b))
-    config = [json.loads((out / "config.json").read_text())["run"] for out in (a, b)]
-    assert config[0] == config[1]
 
 
 # how often, and how many stay
@@ -170,6 +146,25 @@ def test_a_signal_between_two_checkpoints_saves(signum, lake, short, tmp_path):
     assert_same_results(out, short)
 
 
+@pytest.mark.parametrize(
+    "agent", [pytest.param(name, marks=() if name == "sac" else pytest.mark.slow) for name in SMALL]
+)
+def test_periods_without_an_episode_under_jax_debug_nans(agent, tmp_path):
+    """The flag stops at no number of ours, and changes none."""
+    env = make_env("Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1", max_steps_in_episode=40)
+    fields = SMALL[agent]
+    warmup = fields.get("warmup_steps", 0)
+    run = {**fields, "eval_every": 8, "eval_episodes": 1, "seeds": 1}
+    with jax.debug_nans(True):
+        strict = train(agent, env, warmup + 80, out=tmp_path / "strict", **run)
+    train(agent, env, warmup + 80, out=tmp_path / "run", **run)
+    assert_same_results(tmp_path / "strict", tmp_path / "run")
+    ended = strict.history["train_episodes"] > 0
+    assert not ended.all()
+    for name in ("train_return", "train_length"):
+        np.testing.assert_array_equal(np.isnan(strict.history[name]), ~ended)
+
+
 def test_divergence_names_the_newest_checkpoint(lake, tmp_path, monkeypatch):
     from mbrl_jax.runtime import train as driver
 
@@ -181,172 +176,26 @@ def test_divergence_names_the_newest_checkpoint(lake, tmp_path, monkeypatch):
     assert steps(out) == [2, 4]
 
 
-# another total
+def test_an_evaluation_of_ones_own(lake, tmp_path):
+    """Its metrics are logged, it is one of what determine a run, and is told by its name."""
 
+    def tour(agent, state, key, t):
+        return {"eval_return": jnp.mean(state.q), "tour_steps": 1.0 * t}
 
-@pytest.mark.parametrize("cut", [None, 1, 4])
-@pytest.mark.parametrize("eval_every", [None, 50])
-def test_a_larger_total(cut, eval_every, lake, short, long, tmp_path):
+    def other(agent, state, key, t):
+        return {"eval_return": jnp.float32(0)}
+
     out = tmp_path / "run"
-    if cut is None:
-        shutil.copytree(short, out)
-    else:
-        train_until(cut, "dyna_q", lake, out=out, **SHORT)
-    made = json.loads((out / "config.json").read_text())["made"]
-    result = train("dyna_q", lake, out=out, resume=True, **{**LONG, "eval_every": eval_every})
-    assert_same_results(out, long)
-    assert_same(result.state, saved(long).agent)
-    assert steps(out) == [8, 9, 10]
-    assert result.history["env_steps"].tolist() == list(range(50, 501, 50))
-    assert json.loads((out / "config.json").read_text())["made"] == made
-    assert evaluate_run(out, 3).env_steps == 500
-
-
-def test_a_larger_total_twice_and_stopped_in_between(lake, long, tmp_path):
-    out, run = tmp_path / "run", {**SHORT, "eval_every": None}
-    train("dyna_q", lake, out=out, **{**SHORT, "total_steps": 100})
-    train_until(1, "dyna_q", lake, out=out, resume=True, **{**run, "total_steps": 250})
-    assert steps(out) == [1, 2, 3]
-    train("dyna_q", lake, out=out, resume=True, **{**run, "total_steps": 500})
-    assert_same_results(out, long)
-
-
-OTHERS = {
-    "q_learning": ("FrozenLake-misc", {"is_slippery": True}, {}),
-    # the wall moves after the first total
-    "dyna_q_plus": ("ShortcutMaze-sutton", {"switch_step": 160}, {}),
-    "prioritised_sweeping": ("DynaMaze-sutton", {}, {}),
-    # epsilon falls over steps that both totals cut, and there is a warm-up
-    "dqn": ("CartPole-v1", {}, {**SMALL["dqn"], "exploration_steps": 150}),
-    "ppo": ("CartPole-v1", {}, SMALL["ppo"]),
-}
-
-
-@pytest.mark.parametrize("agent", OTHERS)
-def test_a_larger_total_with_every_kind_of_agent(agent, tmp_path):
-    env_id, arguments, fields = OTHERS[agent]
-    env = make_env(env_id, **arguments)
-    run = {"seeds": 2, "eval_episodes": 1, "eval_max_steps": 30, **fields}
-    warmup = fields.get("warmup_steps", 0)
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    train(agent, env, 192 + warmup, out=whole, eval_every=32, **run)
-    train(agent, env, 96 + warmup, out=out, eval_every=32, **run)
-    train(agent, env, 192 + warmup, out=out, resume=True, **run)
-    assert_same_results(out, whole)
-
-
-@pytest.mark.parametrize("agent", AGENTS)
-def test_no_agent_knows_the_total(agent):
-    env = make_env("Pendulum-v1" if agent in CONTINUOUS else "FrozenLake-misc")
-    if agent in SMALL and agent not in CONTINUOUS:
-        env = make_env("CartPole-v1")
-    definition = AGENTS[agent]
-    config = definition.config_for(env.spec.id, **SMALL.get(agent, {}))
-    programs = []
-    for total in (64, 6400):
-        warmup = config.warmup_steps if hasattr(config, "warmup_steps") else 0
-        program = make_program(definition, env, config, total + warmup, 64, 1, 5)
-        run = jax.eval_shape(program.init, jax.random.key(0), config)
-        args = run, config, jax.ShapeDtypeStruct((), np.int32)
-        programs.append(
-            [
-                program.plan._replace(periods=0),
-                str(jax.make_jaxpr(program.init)(jax.random.key(0), config)),
-                str(jax.make_jaxpr(program.period)(*args)),
-            ]
-        )
-        programs[-1] = [str(part).split(" at 0x")[0] for part in programs[-1]]
-    assert programs[0] == programs[1]
-
-
-def test_a_smaller_total_than_the_folder_names_but_more_than_it_has_done(lake, tmp_path):
-    out, four = tmp_path / "run", {**SHORT, "total_steps": 200}
-    train_until(3, "dyna_q", lake, out=out, **SHORT)
-    train("dyna_q", lake, out=out, resume=True, **four)
-    train("dyna_q", lake, out=tmp_path / "four", **four)
-    assert_same_results(out, tmp_path / "four")
-
-
-@pytest.mark.parametrize("total", [250, 1])
-def test_a_total_that_is_done_already(total, lake, run):
-    before = contents(run)
-    with pytest.raises(InputError) as error:
-        train("dyna_q", lake, out=run, resume=True, **{**SHORT, "total_steps": total})
-    said = str(error.value)
-    assert f"total_steps = {total}" in said
-    assert contents(run) == before
-    if total == 250:
-        assert said == (
-            f"total_steps = 250: the run in {run} has done 300 steps; expected at least as many, "
-            "or another --out"
-        )
-
-
-def test_a_total_with_other_periods(lake, run, long):
-    before = contents(run)
-    for changed, periods in (
-        ({"total_steps": 520, "eval_every": None}, 48),  # 11 periods
-        ({"total_steps": 520, "eval_every": 50}, 48),
-        ({"total_steps": 520, "eval_every": 260}, 260),
-    ):
-        with pytest.raises(InputError) as error:
-            train("dyna_q", lake, out=run, resume=True, **{**SHORT, **changed})
-        assert str(error.value) == (
-            f"--resume: total_steps = 520 has periods of {periods} steps, but the run in {run} has "
-            "evaluated every 50; expected a total with the same periods, such as 500 or 550, and "
-            "no other eval_every"
-        )
-        assert contents(run) == before
-    train("dyna_q", lake, out=run, resume=True, **{**SHORT, "total_steps": 500})
-    assert_same_results(run, long)
-
-
-def test_the_totals_named_fit_with_a_warm_up(tmp_path):
-    env = make_env("CartPole-v1")
-    run = {"eval_episodes": 0, "num_envs": 4, **SMALL["ppo"]}
-    train("ppo", env, 192, out=tmp_path / "ppo", eval_every=64, **run)
-    with pytest.raises(InputError, match="such as 320 or 384,"):
-        train("ppo", env, 330, out=tmp_path / "ppo", resume=True, **run)
-    run = {"eval_episodes": 0, **SMALL["dqn"]}
-    train("dqn", env, 16 + 60, out=tmp_path / "dqn", eval_every=30, **run)
-    with pytest.raises(InputError, match=r"every 30; .* such as 136 or 166,"):
-        train("dqn", env, 140, out=tmp_path / "dqn", resume=True, **run)
-    for total in (136, 166):
-        train("dqn", env, total, out=tmp_path / "dqn", resume=True, **run)
-
-
-def test_checkpoints_that_bear_their_total_still_restore(lake, long, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr("mbrl_jax.runtime.checkpoint._identity", lambda run: run)
-        train("dyna_q", lake, out=out, **SHORT)
-    about = json.loads((out / "checkpoints" / "6" / "about" / "metadata").read_text())
-    assert about["run"]["total_steps"] == 300
-    train("dyna_q", lake, out=out, resume=True, **LONG)
-    assert_same_results(out, long)
-
-
-def test_the_new_total_is_written_whole_or_not_at_all(lake, run, long, monkeypatch):
-    before = (run / "config.json").read_text()
-
-    def fails(partial, path):
-        raise OSError(28, os.strerror(28))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", fails)
-        with pytest.raises(InputError, match="No space left"):
-            train("dyna_q", lake, out=run, resume=True, **LONG)
-    assert (run / "config.json").read_text() == before
-    train("dyna_q", lake, out=run, resume=True, **LONG)
-    assert_same_results(run, long)
-
-
-def test_a_damaged_checkpoint_leaves_the_total(lake, run):
-    shutil.rmtree(run / "checkpoints" / "6" / "state")
-    before = contents(run)
-    with pytest.raises(InputError, match="damaged"):
-        train("dyna_q", lake, out=run, resume=True, **LONG)
-    assert contents(run) == before
+    train_until(3, "dyna_q", lake, out=out, evaluate=tour, **SHORT)
+    for wrong in (None, other):
+        with pytest.raises(InputError, match=r"evaluate is .*, but the run in .* has .*tour"):
+            train("dyna_q", lake, out=out, resume=True, evaluate=wrong, **SHORT)
+    result = train("dyna_q", lake, out=out, resume=True, evaluate=tour, **SHORT)
+    assert result.history["tour_steps"][0].tolist() == list(range(50, 301, 50))
+    np.testing.assert_allclose(
+        result.history["eval_return"][:, -1], np.mean(np.asarray(result.state.q), axis=1), rtol=1e-6
+    )
+    assert evaluate_run(out, 2).env_steps == 300
 
 
 # keys of an evaluation
@@ -363,7 +212,7 @@ def test_an_evaluation_repeats_no_key_of_training(short, monkeypatch):
             training |= {tuple(row) for row in np.asarray(words).reshape(-1, 2).tolist()}
 
     monkeypatch.setattr(
-        "mbrl_jax.runtime.evaluate.evaluate",
+        "mbrl_jax.runtime.evaluate.play_episodes",
         lambda *args: (jax.random.key_data(args[3]), jax.random.key_data(args[3])),
     )
     evaluating = set()

@@ -231,9 +231,11 @@ def test_ties_are_broken_anew_at_every_node():
     out = run(search, "muzero_policy", params, batch, 18, dirichlet_fraction=0.0)
     own, first, root = first_actions(out.search_tree)
     assert len(own) > batch
-    # 1 / 6 within four standard errors
-    error = np.sqrt(5 / 36 / len(own))
-    assert abs((own == first).mean() - 1 / 6) < 4 * error
+    # of the child that a root takes first: 1 / 6 within four standard errors
+    eldest = np.flatnonzero(np.diff(root, prepend=-1))
+    assert len(eldest) == batch
+    share = (own == first)[eldest].mean()
+    assert abs(share - 1 / 6) < 4 * np.sqrt(5 / 36 / batch)
     counts = np.bincount(first, minlength=num_actions)
     assert ((counts - len(own) / 6) ** 2).sum() / (len(own) / 6) < 20.5  # chi2, 5 df, 0.1 %
     # two children of one root do not agree either

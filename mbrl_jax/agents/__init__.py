@@ -22,6 +22,9 @@ class AgentDef(NamedTuple):
     presets: Mapping[str, Mapping[str, Any]]  # environment id -> fields that differ there
     resolve: Callable[[Any, EnvSpec], Any] = lambda config, spec: config
     """The config as it is used in an environment like `spec`, where fields depend on it."""
+    tabular: bool = False
+    """Whether a step is a few operations on a table, for which the command line asks XLA for whole
+    loops as kernels (`runtime.devices.loops_as_kernels`)."""
 
     def config_for(self, env: str | EnvSpec, **overrides: Any) -> Any:
         """The default config with the preset of the environment and then `overrides`.

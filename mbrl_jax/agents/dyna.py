@@ -288,7 +288,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     return Agent(init, lambda num_envs: (), act, observe, update, Schedule())
 
 
-_define = partial(AgentDef, make=make, presets={})
+_define = partial(AgentDef, make=make, presets={}, tabular=True)
 
 AGENTS = {
     definition.name: definition

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax import prng
-from mbrl_jax.agents import AgentDef, sac
+from mbrl_jax.agents import AgentDef, sac_learner
 from mbrl_jax.agents.mbpo_presets import PRESETS
 from mbrl_jax.data import ring
 from mbrl_jax.data.ring import Ring
@@ -57,7 +57,7 @@ class Config(rollout_rules.Config):
     # its training, after every `model_period` steps
     training: fit.Config = fit.Config()
     # policy, critics and temperature
-    sac: sac.LearnerConfig = sac.LearnerConfig(target_entropy=-0.5)
+    sac: sac_learner.LearnerConfig = sac_learner.LearnerConfig(target_entropy=-0.5)
     # networks in the ensemble
     num_members: int = ranged("[1, inf)", default=7)
     # the best of them, which predict
@@ -96,7 +96,7 @@ class Imagined(NamedTuple):
 
 
 class State(NamedTuple):
-    learner: sac.LearnerState
+    learner: sac_learner.LearnerState
     params: ensemble.Params
     opt: PyTree
     replay: Rows
@@ -151,7 +151,7 @@ def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
     params = many.init(model_key)
     rows = store.layout.zeros(cfg.retained * store.capacity)
     state = State(
-        learner=sac.make_learner(cfg.sac, spec).init(learner_key),
+        learner=sac_learner.make_learner(cfg.sac, spec).init(learner_key),
         params=params,
         opt=many.init_opt(params),
         replay=replay(cfg, spec).init(),
@@ -168,7 +168,7 @@ def act(
     cfg: Config, spec: EnvSpec, state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode
 ):
     """`Agent.act`: SAC's."""
-    learner = sac.make_learner(cfg.sac, spec)
+    learner = sac_learner.make_learner(cfg.sac, spec)
     return learner.act(state.learner.params.actor, memory, obs, is_first, key, mode)
 
 
@@ -191,7 +191,7 @@ def update(
         lambda i, s: refresh(cfg, spec, s, jax.random.fold_in(refresh_key, i), t, n),
         state,
     )
-    learner = sac.make_learner(cfg.sac, spec)
+    learner = sac_learner.make_learner(cfg.sac, spec)
     drawn = batches(cfg, spec, state, batch_key, t)
     moved, metrics = learner.update(state.learner, drawn, learn_key, n * cfg.updates)
     return state._replace(learner=moved), metrics | state.report
@@ -281,7 +281,7 @@ def imagine(
 
 def sampled_actions(cfg: Config, spec: EnvSpec, actor: PyTree) -> rollout.Act:
     """The policy of SAC's `actor` parameters, which draws its actions, for rollouts."""
-    learner = sac.make_learner(cfg.sac, spec)
+    learner = sac_learner.make_learner(cfg.sac, spec)
 
     def sample(obs: jax.Array, key: jax.Array, depth: jax.Array) -> jax.Array:
         distribution = learner.policy(actor, obs)
@@ -338,12 +338,12 @@ def make(config: Config, spec: EnvSpec) -> Agent:
 
     Raises:
       InputError: discrete or unbounded actions; a warm-up too short for a holdout; a rollout length
-        or schedule that goes backwards; as `dynamics.make`, `ensemble.make`, `sac.make_learner`
+        or schedule that goes backwards; as `dynamics.make`, `ensemble.make`, `make_learner` of SAC
         and `rollout_rules.make_rules`.
     """
     cfg = resolve(config, spec)
     _check(cfg)
-    learner = sac.make_learner(cfg.sac, spec)
+    learner = sac_learner.make_learner(cfg.sac, spec)
     for part in (models, replay, one_round, rules):
         part(cfg, spec)  # which refuses what it cannot do
     return Agent(
@@ -360,7 +360,7 @@ def resolve(config: Config, spec: EnvSpec) -> Config:
     """`config` as it is used in an environment like `spec`: a termination that is not known there
     is learned, and a warning tells. Raises InputError for a spec that MBPO cannot act in."""
     spec.check_usable("MBPO")
-    sac.make_learner(config.sac, spec)
+    sac_learner.make_learner(config.sac, spec)
     if config.model.termination != "known" or spec.termination_fn is not None:
         return config
     warnings.warn(

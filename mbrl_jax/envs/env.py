@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mbrl_jax import prng
 from mbrl_jax.types import EnvSpec, PyTree, Step
@@ -32,7 +33,7 @@ class Env:
 
     The parameters are traced: they may be vmapped (gravity, the step at which a wall moves).
     Continuous actions lie within `spec.action_low` and `spec.action_high`, are clipped to them,
-    and are rescaled from there to the native bounds.
+    and are rescaled from there to the native bounds, where both of those are finite.
     """
 
     base: Any  # gymnax Environment; hashed by identity, so `make_env` builds each one once
@@ -42,6 +43,7 @@ class Env:
     native_high: tuple[float, ...] | None = None
     cached_resets: int = 0  # start states drawn once per run and reused; 0 draws each afresh
     arguments: tuple[tuple[str, Any], ...] = ()  # what `make_env` was called with, for the record
+    native_shape: tuple[int, ...] | None = None  # of a continuous action; [action_dim] if None
 
     @in_32_bits
     def reset(self, key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -52,16 +54,24 @@ class Env:
     @in_32_bits
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> tuple[PyTree, TimeStep]:
         """One step without reset; `action` is [] int32 or [action_dim] float32."""
-        obs, state, reward, terminated, _ = self.base.step_env(
-            key, state, self.native_action(action), self.params
-        )
+        action = self.native_action(action)
+        if self.native_shape is not None:
+            action = action.reshape(self.native_shape)
+        obs, state, reward, terminated, _ = self.base.step_env(key, state, action, self.params)
         terminated = jnp.asarray(terminated, bool)
         truncated = jnp.asarray(self.base.is_truncated(state, self.params), bool) & ~terminated
         reward = jnp.asarray(reward, jnp.float32).reshape(())
         return _strong(state), TimeStep(self._cast(obs), reward, terminated, truncated)
 
     def native_action(self, action: jax.Array) -> jax.Array:
-        """The action, alone or with any leading axes, in the environment's own units."""
+        """The action, alone or with any leading axes, in the environment's own units.
+
+        Args:
+          action: [] int32 or [..., action_dim] float32.
+
+        Returns:
+          The same shape. A dimension with an infinite bound is clipped and not rescaled.
+        """
         if self.spec.discrete:
             return action
         native = dataclasses.replace(
@@ -69,7 +79,12 @@ class Env:
         )
         low, high = self.spec.bounds(action.ndim)
         native_low, native_high = native.bounds(action.ndim)
-        unit = (jnp.clip(action, low, high) - low) / (high - low)
+        action = jnp.clip(action, low, high)
+        # elsewhere the map from [0, 1] to [0, 1] leaves the action as it is
+        scaled = np.isfinite(low) & np.isfinite(high) & (low < high)
+        low, native_low = np.where(scaled, low, 0), np.where(scaled, native_low, 0)
+        high, native_high = np.where(scaled, high, 1), np.where(scaled, native_high, 1)
+        unit = (action - low) / (high - low)
         return native_low + unit * (native_high - native_low)
 
     def carry_over(self, state: PyTree, reset_state: PyTree) -> PyTree:
@@ -86,7 +101,15 @@ class Env:
 jax.tree_util.register_dataclass(
     Env,
     data_fields=["params"],
-    meta_fields=["base", "spec", "native_low", "native_high", "cached_resets", "arguments"],
+    meta_fields=[
+        "base",
+        "spec",
+        "native_low",
+        "native_high",
+        "cached_resets",
+        "arguments",
+        "native_shape",
+    ],
 )
 
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax.envs.env import Env
 from mbrl_jax.types import ArraySpec, EnvSpec, InputError, unknown
 from mbrl_jax.x64 import in_32_bits
 
+_MOST = 2**31 - 1  # JAX holds numbers of steps as int32
 # builds its data set from a download
 _NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
 
@@ -38,7 +40,9 @@ def make_env(
     Args:
       id: a gymnax id, or one of ours (`list_envs()`).
       rescale_actions: continuous actions lie in [-1, 1] and are rescaled to the native bounds;
-        False keeps the native bounds. Either way they are clipped to them.
+        False keeps the native bounds. Either way they are clipped to them. A dimension without a
+        finite lower and upper bound keeps its native units, and agents that need bounds refuse it.
+        Boxes of several axes are flattened for the agent.
       cached_resets: draw this many start states once per run and reuse them (worth it where a
         reset is dear; exact where resets are deterministic, otherwise a finite set of starts).
         0 draws each start afresh.
@@ -46,7 +50,9 @@ def make_env(
         (`max_steps_in_episode=200`), told apart by name.
 
     Raises:
-      InputError: an unknown id or argument, or a value of the wrong type.
+      InputError: an unknown id or argument, a value of the wrong type, or an environment whose
+        actions are neither one Discrete nor one Box of floats, whose observations are neither one
+        array nor a flat dict of arrays, or whose `max_steps_in_episode` is not a whole number.
     """
     frozen = tuple(sorted((name, _freeze(value)) for name, value in kwargs.items()))
     if isinstance(cached_resets, bool) or not isinstance(cached_resets, int) or cached_resets < 0:
@@ -62,23 +68,26 @@ def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, 
     if id in _NEEDS_DOWNLOAD:
         raise InputError(f"environment {id!r} downloads its data and is not offered")
     factory = _factory(id)
-    parameters = inspect.signature(factory).parameters
-    arguments = [name for name in parameters if name != "self"]
-    defaults_of = {name: parameters[name].default for name in arguments}
-    defaults = factory().default_params
-    fields = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
-    values = dict(kwargs)
-    for name, value in values.items():
-        if name not in arguments and name not in fields:
-            raise unknown(f"argument of {id}:", name, [*arguments, *fields])
-        default = fields.get(name, defaults_of.get(name))
-        _check_argument(id, name, value, default)
+    arguments = {
+        name: parameter.default
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if name != "self"
+    }
+    given = {name: value for name, value in kwargs if name in arguments}
+    for name, value in given.items():
+        _check_argument(id, name, value, arguments[name])
     try:
-        base = factory(**{name: values[name] for name in values if name in arguments})
+        base = factory(**given)
     except (ValueError, TypeError, AssertionError, KeyError) as error:
         raise InputError(f"{id}: {error}") from error
-    changed = {name: values[name] for name in values if name not in arguments}
-    params = dataclasses.replace(base.default_params, **changed)
+    defaults = base.default_params
+    fields = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    changed = {name: value for name, value in kwargs if name not in arguments}
+    for name, value in changed.items():
+        if name not in fields:
+            raise unknown(f"argument of {id}:", name, [*arguments, *fields])
+        _check_argument(id, name, value, fields[name])
+    params = dataclasses.replace(defaults, **changed)
     env = _wrap(id, base, params, rescale, cached_resets)
     options = (("cached_resets", cached_resets), ("rescale_actions", rescale))
     return dataclasses.replace(env, arguments=options + kwargs)
@@ -92,28 +101,76 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
     reward, terminated = KNOWN.get(id, (None, TERMINATIONS.get(id)))
     first, _ = jax.eval_shape(lambda: base.reset_env(jax.random.key(0), params))
     obs_space, action_space = base.observation_space(params), base.action_space(params)
-    limit = int(params.max_steps_in_episode)
+    limit = _limit(id, getattr(params, "max_steps_in_episode", None))
     num_players = getattr(base, "num_players", 1)
     if isinstance(obs_space, spaces.Dict):
         parts = _parts(id, first, obs_space.spaces, action_space)
         spec = EnvSpec(id, (), "dict", limit, obs_parts=parts, num_players=num_players)
-    else:
+    elif isinstance(first, jax.ShapeDtypeStruct):
         part = _array_spec(first, obs_space)
         spec = EnvSpec(id, part.shape, part.dtype, limit, part.num, num_players=num_players)
+    else:
+        raise InputError(
+            f"{id}: observations are a {type(first).__name__} in a {type(obs_space).__name__} "
+            "space: expected one array, or a flat dict of arrays in a Dict space; wrap the "
+            "environment so that it gives one of these"
+        )
     if isinstance(action_space, spaces.Discrete):
         spec = dataclasses.replace(spec, num_actions=int(action_space.n))
         spec = _with_functions(spec, reward, terminated)
         return Env(base, params, spec, cached_resets=cached_resets)
-    dim = math.prod(action_space.shape)
-    low, high = (
-        tuple(np.broadcast_to(np.asarray(bound, float), dim).tolist())
-        for bound in (action_space.low, action_space.high)
+    low, high = _bounds(id, action_space)
+    bounded = [math.isfinite(a) and math.isfinite(b) for a, b in zip(low, high, strict=True)]
+    unit = [rescale and finite for finite in bounded]
+    spec = dataclasses.replace(
+        spec,
+        action_low=tuple(-1.0 if u else a for u, a in zip(unit, low, strict=True)),
+        action_high=tuple(1.0 if u else b for u, b in zip(unit, high, strict=True)),
     )
-    bounds = ((-1.0,) * dim, (1.0,) * dim) if rescale else (low, high)
-    spec = dataclasses.replace(spec, action_low=bounds[0], action_high=bounds[1])
-    env = Env(base, params, spec, low, high, cached_resets)
+    shape = tuple(action_space.shape)
+    env = Env(base, params, spec, low, high, cached_resets, native_shape=shape)
     spec = _with_functions(spec, reward, terminated, env.native_action)
     return dataclasses.replace(env, spec=spec)
+
+
+def _limit(id: str, value: Any) -> int:
+    """The steps of an episode, from the environment's parameters."""
+    number = isinstance(value, (int, float, np.generic, np.ndarray, jax.Array))
+    if not number or np.ndim(value) or not 1 <= value <= _MOST or value != int(value):
+        raise InputError(
+            f"{id}: max_steps_in_episode = {value}, expected a whole number from 1 to {_MOST}; "
+            "give one as max_steps_in_episode="
+        )
+    return int(value)
+
+
+def _bounds(id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Lower and upper bounds of a Box of actions, one for each number of an action.
+
+    A bound of 1e30 or more counts as infinite: some environments give float32's greatest number.
+    """
+    from gymnax.environments import spaces
+
+    if not isinstance(space, spaces.Box) or not jnp.issubdtype(space.dtype, jnp.floating):
+        of = f" of {np.dtype(space.dtype).name}" if isinstance(space, spaces.Box) else ""
+        raise InputError(
+            f"{id}: actions are a {type(space).__name__}{of}: expected one Discrete, or one Box of "
+            "floats; wrap the environment so that it takes one of these"
+        )
+    try:
+        low, high = (
+            np.broadcast_to(np.asarray(bound, np.float64), space.shape).ravel()
+            for bound in (space.low, space.high)
+        )
+    except ValueError as error:
+        raise InputError(f"{id}: bounds of the actions: {error}") from error
+    if not np.all(low <= high):
+        raise InputError(
+            f"{id}: actions from {low.tolist()} to {high.tolist()}: expected lower bounds that are "
+            "not above the upper ones"
+        )
+    low, high = np.where(low <= -1e30, -np.inf, low), np.where(high >= 1e30, np.inf, high)
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def _array_spec(first: jax.ShapeDtypeStruct, space: Any) -> ArraySpec:
@@ -169,17 +226,19 @@ def _with_functions(
 
 def _check_argument(id: str, name: str, value: Any, default: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    limit = name == "max_steps_in_episode"
     if isinstance(default, bool):
         fits, kind = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        fits, kind = number and value == int(value), "a whole number"
+    elif isinstance(default, int) or (limit and number):
+        whole = number and math.isfinite(value) and value == int(value)
+        fits, kind = whole and abs(value) <= _MOST, f"a whole number of at most {_MOST}"
     elif isinstance(default, float):
-        fits, kind = number, "a number"
+        fits, kind = number and not math.isnan(value), "a number"
     else:
         return
     if not fits:
         raise InputError(f"{id}: {name} = {value!r}, expected {kind} (default {default})")
-    if name == "max_steps_in_episode" and value < 1:
+    if limit and value < 1:
         raise InputError(f"{id}: {name} = {value!r}, expected at least 1")
 
 

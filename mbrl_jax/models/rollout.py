@@ -115,8 +115,8 @@ def unroll(
         return carry, obs, alive & ~terminated, threshold, faults
 
     threshold = rules.threshold
-    first = jnp.float32(jnp.inf if threshold is None or callable(threshold) else threshold)
-    start = (carry, obs, jnp.ones(obs.shape[0], bool), first, jnp.int32(0))
+    unset = jnp.float32(jnp.inf if threshold is None or callable(threshold) else threshold)
+    start = (carry, obs, jnp.ones(obs.shape[0], bool), unset, jnp.int32(0))
     carry, *ending = jax.lax.fori_loop(0, length, step, start)
     return carry, Ending(*ending)
 

@@ -174,8 +174,8 @@ def fresh_errors(
     """
     start_key, model_key = jax.random.split(key)
     back = jax.random.randint(start_key, (WINDOWS,), 0, max(fresh - depth + 1, 1))
-    first = jnp.maximum(t - (depth - 1) - back, 0)
-    steps = (first[None] + jnp.arange(depth)[:, None]) % replay.steps
+    starts = jnp.maximum(t - (depth - 1) - back, 0)
+    steps = (starts[None] + jnp.arange(depth)[:, None]) % replay.steps
     envs = jnp.arange(WINDOWS) % replay.num_envs
     row: Transition = replay.get(rows, steps * replay.num_envs + envs[None])
     ends = row.terminated | row.truncated

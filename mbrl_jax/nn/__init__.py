@@ -10,8 +10,24 @@ from typing import TYPE_CHECKING
 from mbrl_jax import lazy
 
 if TYPE_CHECKING:
-    from mbrl_jax.nn import distributions, networks, normaliser, optimiser, precision, schedules
+    from mbrl_jax.nn import (
+        distributions,
+        networks,
+        normaliser,
+        optimiser,
+        precision,
+        returns,
+        schedules,
+    )
 
-__all__ = ["distributions", "networks", "normaliser", "optimiser", "precision", "schedules"]
+__all__ = [
+    "distributions",
+    "networks",
+    "normaliser",
+    "optimiser",
+    "precision",
+    "returns",
+    "schedules",
+]
 
 __getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

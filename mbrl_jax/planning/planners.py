@@ -257,8 +257,8 @@ def mppi(
             action = beta * now + (1.0 - beta) * last
             return action, action
 
-        first = jnp.broadcast_to(plan.last[None], wanted.shape[1:])
-        _, smoothed = jax.lax.scan(smooth, first, wanted)
+        before = jnp.broadcast_to(plan.last[None], wanted.shape[1:])
+        _, smoothed = jax.lax.scan(smooth, before, wanted)
         candidates = jnp.clip(jnp.swapaxes(smoothed, 0, 1), low[None], high[None])
         worth = _ranked(value(candidates, value_key))
         top = jnp.max(worth)

@@ -47,6 +47,7 @@ class Halving(NamedTuple):
     invalid: jax.Array  # [A, B] bool
     considered: jax.Array  # [B] int32 how many actions are
     values: Values  # the transform
+    reads: frozenset[str]  # what it reads of a node, see `node.FIELDS`
     rounds: Rounds  # of all numbers of considered actions
     once: bool  # actions are dropped once in a phase
 
@@ -131,7 +132,14 @@ def replay(
         """x [slots * B] of the candidates, at their actions, [A, B]."""
         return jnp.sum(jnp.where(candidate, x.reshape(slots, batch).T[None], 0.0), axis=-1)
 
-    fresh = jax.tree.map(at_actions, after_visits(forest, rows.reshape(-1)))
+    after = after_visits(forest, rows.reshape(-1))
+    qvalue = at_actions(after.qvalue)
+    # what no transform reads is not made: a sum over all slots for every action
+    returned = at_actions(after.returned) if "node_values" in halving.reads else None
+    child = at_actions(after.value) if "children_values" in halving.reads else None
+    outcome = None
+    if node.outcomes is not None:
+        outcome = jnp.stack([at_actions(after.reward), at_actions(after.discount)])
     considered = pick(node.visits, actions[:, 0])[0]
 
     def choose(i: jax.Array, loop: tuple[Node, jax.Array]) -> tuple[Node, jax.Array]:
@@ -139,19 +147,17 @@ def replay(
         action = next_action(halving, node, considered)
         counts = i < commit
         taken = (action[None] == every) & counts[None]
-        total = node.total + counts
-        value = (node.value * node.total + pick(fresh.returned, action)[0]) / total
-        outcomes = node.outcomes
-        if outcomes is not None:
-            outcomes = jnp.where(taken, jnp.stack([fresh.reward, fresh.discount]), outcomes)
+        before, total = node.total, node.total + counts
         node = node._replace(
-            visits=node.visits + taken,
-            qvalues=jnp.where(taken, fresh.qvalue, node.qvalues),
-            values=jnp.where(taken, fresh.value, node.values),
-            value=jnp.where(counts, value, node.value),
-            total=total,
-            outcomes=outcomes,
+            visits=node.visits + taken, qvalues=jnp.where(taken, qvalue, node.qvalues), total=total
         )
+        if returned is not None:
+            value = (node.value * before + pick(returned, action)[0]) / total
+            node = node._replace(value=jnp.where(counts, value, node.value))
+        if child is not None:
+            node = node._replace(values=jnp.where(taken, child, node.values))
+        if outcome is not None and node.outcomes is not None:
+            node = node._replace(outcomes=jnp.where(taken[None], outcome, node.outcomes))
         return node, jnp.where(slot == i, action[:, None], order)
 
     order = jax.lax.fori_loop(0, jnp.max(commit), choose, (node, actions))[1]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mbrl_jax.search import backup, schedule, vmapping
 from mbrl_jax.search import forest as forests
 from mbrl_jax.search import tree as trees
-from mbrl_jax.search.base import Budget, Lanes, Params, RecurrentFn, Tree, record
+from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree, record
 from mbrl_jax.search.candidates import (
     Halving,
     considered_score,
@@ -33,7 +33,7 @@ from mbrl_jax.search.candidates import (
 )
 from mbrl_jax.search.forest import Forest
 from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
-from mbrl_jax.search.root import takes_traced_bounds
+from mbrl_jax.search.root import logits_of, masked, takes_traced_bounds
 from mbrl_jax.search.vmapping import Model
 from mbrl_jax.types import InputError
 
@@ -59,11 +59,39 @@ def improved_policy(values: Values) -> Rule:
         # an action of prior 0, such as an illegal one, must not set the scale of the others
         allowed = node.prior >= jnp.finfo(node.prior.dtype).tiny
         top = jnp.max(jnp.where(allowed, added, -jnp.inf), axis=0, keepdims=True)
-        weights = jnp.where(allowed, node.prior * jnp.exp(added - top), 0.0)
+        weights = node.prior * jnp.exp(jnp.minimum(added - top, 0.0))
         policy = weights / jnp.sum(weights, axis=0, keepdims=True)
         return best(policy - node.visits / node.total.astype(jnp.float32)[None])
 
     return rule
+
+
+def lanes_of(
+    key: jax.Array,
+    root: Any,
+    invalid: jax.Array,
+    transform: Transform,
+    scale: Number,
+    with_masks: bool,
+) -> Lanes:
+    """The lanes of a Gumbel search.
+
+    Args:
+      key: consumed, for the noise.
+      root: as in `muzero_policy`.
+      invalid: [B, A] bool.
+      transform: of the values.
+      scale: [] of the noise.
+      with_masks: whether `invalid` is looked at.
+    """
+    logits = logits_of(root, invalid)
+    if with_masks:
+        logits = masked(logits, invalid)
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return Lanes(
+        logits, jnp.asarray(root.value, jnp.float32), root.embedding, invalid,
+        gumbel=jnp.float32(scale) * noise, closed=transform.for_roots(logits.shape[0]),
+    )  # fmt: skip
 
 
 def search(
@@ -73,24 +101,36 @@ def search(
     lanes: Lanes,
     transform: Transform,
     budget: Budget,
-    most: int,
+    max_considered: int,
     halve_once: bool,
     with_masks: bool,
-) -> tuple[Tree, jax.Array]:
-    """The trees of a Gumbel search, and its transformed values [B, A] at the roots.
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """The trees of a Gumbel search.
+
+    Beside them the transformed values at their roots, [B, A], and the roots' values, [B] float32.
 
     Args:
       params, key, recurrent_fn: see `vmapping.over_seeds`.
       lanes: what the roots bring, `gumbel` and `closed` among it.
       transform: of the values.
       budget: how far to go.
-      most: actions that a root considers at most.
+      max_considered: actions that a root considers at most.
       halve_once: see `gumbel_muzero_policy`.
-      with_masks: whether roots may have fewer actions than `most`.
+      with_masks: whether roots may have invalid actions.
 
     Raises:
-      InputError: a loop function that runs Python ints alone, with `halve_once`.
+      InputError: no action to consider; a transform that reads the range of the whole tree; a loop
+        function that runs Python ints alone, with `halve_once`.
     """
+    if max_considered < 1:
+        raise InputError(f"max_num_considered_actions = {max_considered}: expected 1 or more")
+    if not transform.local:
+        raise InputError(
+            "qtransform reads the range of the whole tree, as qtransform_by_tree_min_max: expected "
+            "a transform that sees one node alone, such as qtransform_completed_by_mix_value; the "
+            "tree's is for muzero_policy"
+        )
+    most = min(max_considered, lanes.prior_logits.shape[1])
     rounds = schedule.rounds_of(most, budget.num_simulations, halve_once)
     among = range(most + 1) if with_masks else range(most, most + 1)
     traced_bounds = takes_traced_bounds(budget.loop_fn)
@@ -100,7 +140,7 @@ def search(
             "traced bounds too, such as jax.lax.fori_loop"
         )
 
-    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array]:
+    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array, jax.Array]:
         logits, batch = lanes.prior_logits, lanes.prior_logits.shape[0]
         considered = jnp.full(batch, most, jnp.int32)
         if with_masks:
@@ -119,7 +159,13 @@ def search(
         values, gumbel = values_of(transform, lanes.closed), lanes.gumbel
         assert gumbel is not None
         halving = Halving(
-            noisy(gumbel, logits), lanes.invalid.T, considered, values, rounds, halve_once
+            noisy(gumbel, logits),
+            lanes.invalid.T,
+            considered,
+            values,
+            transform.reads,
+            rounds,
+            halve_once,
         )
         if one_by_one:
             forest = in_sequence(forest, model, halving, budget)
@@ -132,7 +178,7 @@ def search(
         # of the forest, since a tree's values would be made for all of its nodes
         added = values(forests.roots(forest)).T
         tree = trees.export(forest, budget.num_simulations, logits, lanes.invalid, extra, made)
-        return tree, added
+        return tree, added, forest.root_value
 
     return vmapping.over_seeds(run, recurrent_fn, params, key, lanes)
 

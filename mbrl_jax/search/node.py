@@ -49,17 +49,18 @@ def best(scores: jax.Array, order: jax.Array | None = None) -> jax.Array:
 
     Args:
       scores: [A, L]; where one of a column is NaN, the answer is the last action.
-      order: [A, L] int32, 0 or more; among equal scores the least of it comes first (its last
-        ceil(log2 A) bits do not count). None, and among equals of that too: the first action.
+      order: [A, L] uint32; among equal scores the least of it comes first (its last ceil(log2 A)
+        bits do not count). None, and among equals of that too: the first action.
     """
     num_actions = scores.shape[0]
     own = jnp.arange(num_actions, dtype=jnp.int32)[:, None]
     top = scores == jnp.max(scores, axis=0, keepdims=True)
     if order is None:
         return jnp.min(jnp.where(top, own, num_actions - 1), axis=0)
-    low = (1 << (num_actions - 1).bit_length()) - 1
-    last = (np.iinfo(np.int32).max & ~low) | (num_actions - 1)
-    return jnp.min(jnp.where(top, (order & ~low) | own, last), axis=0) & low
+    low = np.uint32((1 << (num_actions - 1).bit_length()) - 1)
+    last = ~low | np.uint32(num_actions - 1)
+    keys = jnp.where(top, (order & ~low) | own.astype(jnp.uint32), last)
+    return (jnp.min(keys, axis=0) & low).astype(jnp.int32)
 
 
 def safe_log(probs: jax.Array) -> jax.Array:

@@ -6,15 +6,14 @@ What differs from mctx is told in `mbrl_jax/search/__init__.py`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mbrl_jax.search import candidates, gumbel, puct
 from mbrl_jax.search.base import (
     Budget,
-    Lanes,
     LoopFn,
     Number,
     Params,
@@ -23,13 +22,12 @@ from mbrl_jax.search.base import (
     RecurrentFn,
     Tree,
 )
-from mbrl_jax.search.node import Rule, transform_of, values_of
+from mbrl_jax.search.node import transform_of
 from mbrl_jax.search.qtransforms import (
     qtransform_by_parent_and_siblings,
     qtransform_completed_by_mix_value,
 )
 from mbrl_jax.search.root import advice, check, logits_of, masked, noisy, tempered
-from mbrl_jax.types import InputError
 
 
 def muzero_policy(
@@ -84,22 +82,19 @@ def muzero_policy(
         reads other nodes.
     """
     invalid = check(root, num_simulations, invalid_actions, max_depth)
+    transform = transform_of(qtransform, invalid.shape[1])
     rng_key, dirichlet_key, search_key = jax.random.split(rng_key, 3)
     ties_key, search_key = jax.random.split(search_key)
-    logits = logits_of(root, invalid)
-    logits = masked(noisy(dirichlet_key, logits, dirichlet_fraction, dirichlet_alpha), invalid)
-    transform = transform_of(qtransform, logits.shape[1])
+    logits = noisy(dirichlet_key, logits_of(root, invalid), dirichlet_fraction, dirichlet_alpha)
+    constants = pb_c_init, pb_c_base
     lanes = puct.lanes_of(
-        ties_key, root, logits, invalid, transform, (pb_c_init, pb_c_base), search_tree
+        ties_key, root, masked(logits, invalid), invalid, transform, constants, search_tree
     )
-
-    def rule(lanes: Lanes) -> Rule:
-        return puct.rule_of(values_of(transform, lanes.closed), lanes)
-
-    budget = Budget(num_simulations, max_depth, loop_fn)
-    tree = puct.search(params, search_key, recurrent_fn, lanes, rule, transform, budget)
+    rule, budget = partial(puct.rule_of, transform), Budget(num_simulations, max_depth, loop_fn)
+    tree, value = puct.search(params, search_key, recurrent_fn, lanes, rule, transform, budget)
     weights = tree.summary().visit_probs
-    return advice(jax.random.categorical(rng_key, tempered(weights, temperature)), weights, tree)
+    action = jax.random.categorical(rng_key, tempered(weights, temperature))
+    return advice(action, weights, tree, lanes, value)
 
 
 def gumbel_muzero_policy(
@@ -144,31 +139,14 @@ def gumbel_muzero_policy(
         `halve_once` with a loop of Python ints alone.
     """
     invalid = check(root, num_simulations, invalid_actions, max_depth)
-    if max_num_considered_actions < 1:
-        raise InputError(
-            f"max_num_considered_actions = {max_num_considered_actions}: expected 1 or more"
-        )
-    logits = logits_of(root, invalid)
-    if invalid_actions is not None:
-        logits = masked(logits, invalid)
-    transform = transform_of(qtransform, logits.shape[1])
-    if not transform.local:
-        raise InputError(
-            "qtransform reads the range of the whole tree, as qtransform_by_tree_min_max: expected "
-            "a transform that sees one node alone, such as qtransform_completed_by_mix_value; the "
-            "tree's is for muzero_policy"
-        )
+    transform = transform_of(qtransform, invalid.shape[1])
     rng_key, gumbel_key = jax.random.split(rng_key)
-    noise = jnp.float32(gumbel_scale) * jax.random.gumbel(gumbel_key, logits.shape, jnp.float32)
-    lanes = Lanes(
-        logits, jnp.asarray(root.value, jnp.float32), root.embedding, invalid, gumbel=noise,
-        closed=transform.for_roots(logits.shape[0]),
+    with_masks = invalid_actions is not None
+    lanes = gumbel.lanes_of(gumbel_key, root, invalid, transform, gumbel_scale, with_masks)
+    budget = Budget(num_simulations, max_depth, loop_fn)
+    tree, added, value = gumbel.search(
+        params, rng_key, recurrent_fn, lanes, transform, budget, max_num_considered_actions,
+        halve_once, with_masks,
     )  # fmt: skip
-    tree, added = gumbel.search(
-        params, rng_key, recurrent_fn, lanes, transform,
-        Budget(num_simulations, max_depth, loop_fn), halve_once=halve_once,
-        most=min(max_num_considered_actions, logits.shape[1]),
-        with_masks=invalid_actions is not None,
-    )  # fmt: skip
-    weights = jax.nn.softmax(masked(logits + added, invalid))
-    return advice(candidates.final_action(lanes, tree, added), weights, tree)
+    weights = jax.nn.softmax(masked(lanes.prior_logits + added, invalid))
+    return advice(candidates.final_action(lanes, tree, added), weights, tree, lanes, value)

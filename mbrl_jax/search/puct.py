@@ -14,7 +14,7 @@ from mbrl_jax.search import forest as forests
 from mbrl_jax.search import tree as trees
 from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree
 from mbrl_jax.search.forest import Forest
-from mbrl_jax.search.node import Node, Rule, Transform, Values, best
+from mbrl_jax.search.node import Node, Rule, Transform, Values, best, values_of
 from mbrl_jax.search.root import takes_traced_bounds
 from mbrl_jax.search.vmapping import Model
 from mbrl_jax.types import InputError
@@ -66,43 +66,38 @@ def scores(values: Values, lanes: Lanes, node: Node) -> jax.Array:
     return values(node) + bonus
 
 
-def rule_of(values: Values, lanes: Lanes) -> Rule:
+def rule_of(transform: Transform, lanes: Lanes) -> Rule:
     """PUCT as a rule: the action of the greatest score, ties broken at random once for each node.
 
     Args:
-      values: the transform.
+      transform: of the values.
       lanes: what the roots bring.
     """
+    values = values_of(transform, lanes.closed)
 
     def rule(node: Node) -> jax.Array:
         found = scores(values, lanes, node)
-        return best(found, tie_order(lanes, node, found))
+        return best(found, tie_order(lanes, node))
 
     return rule
 
 
-def tie_order(lanes: Lanes, node: Node, found: jax.Array) -> jax.Array:
-    """Random numbers that belong to the actions of a node, [A, L] int32, 0 or more.
+def tie_order(lanes: Lanes, node: Node) -> jax.Array:
+    """Random numbers that belong to the actions of a node, [A, L] uint32.
 
-    A hash of the root's number, the node's and the action's, so that nothing has to be kept. Where
-    no action is allowed they are 0, so that the first is taken.
+    A hash of the root's number, the node's and the action's, so that nothing has to be kept.
 
     Args:
       lanes: with `ties` [B].
       node: L nodes.
-      found: [A, L] the scores of the actions.
     """
-
-    def mixed(x: jax.Array) -> jax.Array:
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = (x ^ (x >> shift)) * np.uint32(factor)
-        return x ^ (x >> 16)
-
     assert lanes.ties is not None
-    steps = jnp.arange(found.shape[0], dtype=jnp.uint32)[:, None] * np.uint32(0x9E3779B9)
-    seed = mixed(forests.take(lanes.ties, node.root) + node.number.astype(jnp.uint32))
-    order = (mixed(seed[None] + steps) >> 1).astype(jnp.int32)
-    return jnp.where(found > -jnp.inf, order, 0)
+    seed = forests.take(lanes.ties, node.root) + node.number.astype(jnp.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        seed = (seed ^ (seed >> shift)) * np.uint32(factor)
+    actions = np.arange(node.prior.shape[0], dtype=np.uint32)[:, None] * np.uint32(0x9E3779B9)
+    # the high bits of the product, which are those that count, hang on all bits of its factor
+    return (seed[None] ^ actions) * np.uint32(0x2C1B3C6D)
 
 
 def search(
@@ -113,8 +108,10 @@ def search(
     make_rule: Callable[[Lanes], Rule],
     transform: Transform,
     budget: Budget,
-) -> Tree:
+) -> tuple[Tree, jax.Array]:
     """The trees of simulations one after the other, by a rule that sees a node at a time.
+
+    Beside them the values of their roots, [B] float32.
 
     Args:
       params, key, recurrent_fn: see `vmapping.over_seeds`.
@@ -136,11 +133,13 @@ def search(
                 f"expected {expected}; a search goes on from one with as many simulations"
             )
 
-    def run(model: Model, lanes: Lanes) -> Tree:
+    def run(model: Model, lanes: Lanes) -> tuple[Tree, jax.Array]:
         rule, limit = make_rule(lanes), budget.limit
-        prior = jax.nn.softmax(lanes.prior_logits)
+        # a root without any allowed action takes the first
+        barred = lanes.invalid.at[:, 0].set(lanes.invalid[:, 0] & ~lanes.invalid.all(axis=-1))
+        prior = jnp.where(barred, -jnp.inf, jax.nn.softmax(lanes.prior_logits))
         forest = forests.plant(
-            lanes, jnp.where(lanes.invalid, -jnp.inf, prior), budget.num_simulations + 1,
+            lanes, prior, budget.num_simulations + 1,
             limited=transform.local and limit is not None, spanned=not transform.local,
             with_outcomes=transform.reads_outcomes,
         )  # fmt: skip
@@ -148,7 +147,8 @@ def search(
             deepest = limit or budget.num_simulations
             forest = trees.restore(forest, lanes.before, rule, deepest)
         forest = simulate(forest, model, rule, budget, going_on=lanes.before is not None)
-        return trees.export(forest, budget.num_simulations, lanes.prior_logits, lanes.invalid)
+        logits, num_simulations = lanes.prior_logits, budget.num_simulations
+        return trees.export(forest, num_simulations, logits, lanes.invalid), forest.root_value
 
     return vmapping.over_seeds(run, recurrent_fn, params, key, lanes)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.search.base import LoopFn, Number, PolicyOutput, Tree
+from mbrl_jax.search.base import Lanes, LoopFn, Number, PolicyOutput, Tree
 from mbrl_jax.search.node import safe_log
 from mbrl_jax.types import InputError
 
@@ -96,17 +96,22 @@ def tempered(weights: jax.Array, temperature: Number) -> jax.Array:
     return scores / jnp.maximum(jnp.finfo(scores.dtype).tiny, jnp.float32(temperature))
 
 
-def advice(action: jax.Array, weights: jax.Array, tree: Tree) -> PolicyOutput:
+def advice(
+    action: jax.Array, weights: jax.Array, tree: Tree, lanes: Lanes, value: jax.Array
+) -> PolicyOutput:
     """The output of a policy, with what `PolicyOutput` says of numbers that are none.
 
     Args:
       action: [B] int of the policy.
       weights: [B, A] float32 of the policy.
       tree: of the search.
+      lanes: what the roots brought.
+      value: [B] float32 of the roots after the search; not the tree's, which would be made for all
+        of its nodes.
     """
-    of_root = tree.children_prior_logits[:, 0], weights, tree.node_values[:, :1]
-    lost = jnp.any(jnp.isnan(jnp.concatenate(of_root, axis=-1)), axis=-1)
-    allowed = jnp.argmax(~tree.root_invalid_actions, axis=-1)
+    numbers = jnp.concatenate([lanes.prior_logits, weights, value[:, None]], axis=-1)
+    lost = jnp.any(jnp.isnan(numbers), axis=-1)
+    allowed = jnp.argmax(~lanes.invalid, axis=-1)
     return PolicyOutput(
         action=jnp.where(lost, allowed, action).astype(jnp.int32),
         action_weights=jnp.where(lost[:, None], jnp.nan, weights), search_tree=tree,
@@ -120,6 +125,6 @@ def takes_traced_bounds(loop_fn: LoopFn) -> bool:
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     try:
         jax.eval_shape(lambda end: loop_fn(0, end, lambda _, x: x, jnp.int32(0)), zero)
-    except jax.errors.JAXTypeError:
+    except TypeError:  # of JAX, for a tracer where it needs a number
         return False
     return True

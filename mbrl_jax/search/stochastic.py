@@ -132,7 +132,7 @@ def stochastic_muzero_policy(
         def choice(node: Node) -> jax.Array:
             decision = of_actions(node, num_actions)
             found = puct.scores(values, lanes, decision)
-            order = puct.tie_order(lanes, decision, found)
+            order = puct.tie_order(lanes, decision)
             shares = node.prior[num_actions:] / (node.visits[num_actions:] + 1)
             # an afterstate has no priors of actions, a state none of outcomes
             is_chance = jnp.sum(shares, axis=0) > 0
@@ -151,10 +151,11 @@ def stochastic_muzero_policy(
     constants = pb_c_init, pb_c_base
     lanes = puct.lanes_of(ties_key, wide_root, wide_logits, wide_invalid, transform, constants)
     budget = Budget(num_simulations, max_depth, loop_fn)
-    tree = puct.search(params, search_key, step, lanes, rule, transform, budget)
+    tree, value = puct.search(params, search_key, step, lanes, rule, transform, budget)
     tree = _of_actions(tree, num_actions)
     weights = tree.summary().visit_probs
-    return advice(jax.random.categorical(rng_key, tempered(weights, temperature)), weights, tree)
+    action = jax.random.categorical(rng_key, tempered(weights, temperature))
+    return advice(action, weights, tree, lanes._replace(invalid=invalid), value)
 
 
 def of_actions(node: Node, num_actions: int) -> Node:
