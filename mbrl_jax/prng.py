@@ -38,7 +38,7 @@ def uniform(key: jax.Array, num: int, fused: int = 4) -> jax.Array:
     where only one kernel does; the bits are the same.
     """
     if not _is_threefry(key):
-        return jax.random.uniform(key, (num,))
+        return jax.random.uniform(key, (num,), jnp.float32)
     half = (num + 1) // 2
     counters = jnp.arange(half, dtype=jnp.uint32)
     if num <= fused:
@@ -57,7 +57,7 @@ def shuffles(key: jax.Array, num: int, size: int) -> jax.Array:
     of pairs (CPU). The few entries whose random bits are equal stay neighbours in ascending order.
     """
     low = max(size - 1, 1).bit_length()
-    words = jax.random.bits(key, (num, size)) >> low << low
+    words = jax.random.bits(key, (num, size), jnp.uint32) >> low << low
     words = jnp.sort(words | jnp.arange(size, dtype=jnp.uint32)[None], axis=-1, stable=False)
     return (words & jnp.uint32(2**low - 1)).astype(jnp.int32)
 

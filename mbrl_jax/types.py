@@ -204,7 +204,7 @@ class EnvSpec:
         if self.num_actions is None:
             self.check_bounded("a uniformly random action")
             low, high = self.bounds(1)
-            return jax.random.uniform(key, low.shape, minval=low, maxval=high)
+            return jax.random.uniform(key, low.shape, jnp.float32, low, high)
         if legal is None:
             return jax.random.randint(key, (), 0, self.num_actions, jnp.int32)
         pick = jax.random.randint(key, (), 0, jnp.maximum(jnp.sum(legal), 1), jnp.int32)

@@ -15,9 +15,9 @@ _NARROW = {"float64": "float32", "int64": "int32", "uint64": "uint32", "complex1
 def in_32_bits(function: F) -> F:
     """`function` as it computes without JAX_ENABLE_X64, whatever the flag says.
 
-    Arrays of 64 bits among its arguments are cast to 32, and what it makes has 32. It may be jitted,
-    vmapped, differentiated and scanned as ever: the flag is read where a function is traced, and
-    only counters of loops, which no result depends on, have 64 bits in the program.
+    Arrays of 64 bits among its arguments are cast to 32, and what it makes has 32. It may be
+    jitted, vmapped, differentiated and scanned as ever: the flag is read where a function is
+    traced, and only counters of loops, on which no result depends, have 64 bits in its program.
 
     Args:
       function: of pytrees; its arrays may be anything.

@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mbrl_jax import lazy
 from mbrl_jax.types import Agent, EnvSpec, InputError, check_config, unknown
+from mbrl_jax.x64 import in_32_bits
 
 
 class AgentDef(NamedTuple):
@@ -93,6 +95,10 @@ class _Agents(Mapping[str, AgentDef]):
 
 AGENTS = _Agents()
 
+__getattr__, __dir__ = lazy.attach(
+    __name__, (*sorted(set(_MODULES.values())), "mbpo_presets", "sac_learner")
+)
+
 
 def make_agent(name: str | AgentDef, spec: EnvSpec, config: Any = None) -> Agent:
     """The agent `name` for an environment like `spec`; `config` defaults to the preset.
@@ -110,4 +116,6 @@ def make_agent(name: str | AgentDef, spec: EnvSpec, config: Any = None) -> Agent
             f"expected {type(definition.config).__module__}.{type(definition.config).__name__}"
         )
     check_config(config)
-    return definition.make(config, spec)
+    agent = in_32_bits(definition.make)(config, spec)
+    parts = [name for name in Agent._fields if name != "schedule"]
+    return agent._replace(**{name: in_32_bits(getattr(agent, name)) for name in parts})

@@ -15,6 +15,7 @@ import numpy as np
 
 from mbrl_jax import prng
 from mbrl_jax.types import EnvSpec, PyTree, Step
+from mbrl_jax.x64 import in_32_bits
 
 
 class TimeStep(NamedTuple):
@@ -44,11 +45,13 @@ class Env:
     arguments: tuple[tuple[str, Any], ...] = ()  # what `make_env` was called with, for the record
     native_shape: tuple[int, ...] | None = None  # of a continuous action; [action_dim] if None
 
+    @in_32_bits
     def reset(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """A first state and its observation `[*obs_shape]`."""
         obs, state = self.base.reset_env(key, self.params)
         return _strong(state), self._cast(obs)
 
+    @in_32_bits
     def step(self, key: jax.Array, state: PyTree, action: jax.Array) -> tuple[PyTree, TimeStep]:
         """One step without reset; `action` is [] int32 or [action_dim] float32."""
         action = self.native_action(action)
@@ -120,6 +123,7 @@ class BatchState(NamedTuple):
     pool: PyTree  # ([K, ...] states, [K, *obs_shape]) cached resets, or None
 
 
+@in_32_bits
 def reset_batch(env: Env, key: jax.Array, num_envs: int, delayed: bool = False) -> BatchState:
     """The first observations of `num_envs` environments."""
     pool = None
@@ -131,6 +135,7 @@ def reset_batch(env: Env, key: jax.Array, num_envs: int, delayed: bool = False) 
     return BatchState(state, obs, jnp.ones(num_envs, bool), ended, pool)
 
 
+@in_32_bits
 def step_batch(
     env: Env, key: jax.Array, batch: BatchState, action: jax.Array
 ) -> tuple[BatchState, Step]:

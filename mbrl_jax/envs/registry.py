@@ -15,6 +15,7 @@ import numpy as np
 
 from mbrl_jax.envs.env import Env
 from mbrl_jax.types import ArraySpec, EnvSpec, InputError, unknown
+from mbrl_jax.x64 import in_32_bits
 
 _MOST = 2**31 - 1  # JAX holds numbers of steps as int32
 # builds its data set from a download
@@ -62,6 +63,7 @@ def make_env(
 
 
 @functools.cache
+@in_32_bits
 def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, Any], ...]) -> Env:
     if id in _NEEDS_DOWNLOAD:
         raise InputError(f"environment {id!r} downloads its data and is not offered")
@@ -261,6 +263,7 @@ def _factory(id: str) -> Any:
     return gymnax.registration._registry[id]
 
 
+@in_32_bits
 def _gymnax() -> Any:
     import gymnax
 

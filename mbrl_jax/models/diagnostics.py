@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mbrl_jax.models.dynamics import DynamicsModel, Gaussian
 from mbrl_jax.models.rollout import Act, unroll
 from mbrl_jax.types import InputError, PyTree
+from mbrl_jax.x64 import in_32_bits
 
 LEVELS = (0.5, 0.9, 0.95)  # of the central intervals whose coverage is measured
 
@@ -37,6 +38,7 @@ class Calibration(NamedTuple):
     mse: jax.Array  # [] mean squared error of the mean
 
 
+@in_32_bits
 def k_step_errors(
     model: DynamicsModel,
     params: PyTree,
@@ -73,6 +75,7 @@ def k_step_errors(
     return jax.lax.scan(step, obs, (actions, next_obs, valid, depths))[1]
 
 
+@in_32_bits
 def windows(
     obs: jax.Array,
     action: jax.Array,
@@ -101,6 +104,7 @@ def windows(
     return obs[index[0]], action[index], next_obs[index], before == 0
 
 
+@in_32_bits
 def growth_rate(errors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(a, b) of the exponential a exp(b k) that fits errors [T] at k = 1 to T best in its logs.
 
@@ -116,6 +120,7 @@ def growth_rate(errors: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.exp(jnp.mean(log) - slope * jnp.mean(k)), slope
 
 
+@in_32_bits
 def calibration(members: Gaussian, outcome: jax.Array, bins: int = 20) -> Calibration:
     """Of the uniform mixture of `members` [E, N, K] against outcomes [N, K].
 
@@ -134,12 +139,14 @@ def calibration(members: Gaussian, outcome: jax.Array, bins: int = 20) -> Calibr
     return Calibration(share, jnp.stack(inside), jnp.mean(nll), mse)
 
 
+@in_32_bits
 def rank_correlation(first: jax.Array, second: jax.Array) -> jax.Array:
     """Spearman's correlation of two arrays [N], ties at their mean rank; nan of a constant."""
     a, b = (ranks - jnp.mean(ranks) for ranks in (_ranks(first), _ranks(second)))
     return jnp.sum(a * b) / jnp.sqrt(jnp.sum(a * a) * jnp.sum(b * b))
 
 
+@in_32_bits
 def imagined_returns(
     model: DynamicsModel,
     params: PyTree,

@@ -22,6 +22,7 @@ import numpy as np
 from mbrl_jax.nn.networks import MLP, activation
 from mbrl_jax.nn.precision import FULL
 from mbrl_jax.types import EnvSpec, InputError, PyTree, Scalar, check_config, config, ranged
+from mbrl_jax.x64 import in_32_bits
 
 LOGVAR_RANGE = (-12.0, 2.0)  # wherein learned bounds of the log-variance stay
 
@@ -138,15 +139,18 @@ class Dynamics(NamedTuple):
         """K: the observation's dimensions, and the reward where it is learned."""
         return self.obs_dim + (self.config.reward == "learned")
 
+    @in_32_bits
     def init(self, key: jax.Array) -> PyTree:
         """Weights of one member: a truncated normal of deviation 1 / (2 sqrt(fan_in)), biases 0."""
         return self._net.init(key, jnp.zeros((1, self.num_inputs)))
 
+    @in_32_bits
     def bounds(self) -> Bounds:
         """The bounds at first."""
         ones = jnp.ones(self.num_targets)
         return Bounds(self.config.logvar_min * ones, self.config.logvar_max * ones)
 
+    @in_32_bits
     def scaling(self) -> Scaling:
         """Scaling that changes nothing, and no limit of the range."""
         x, y, obs = (jnp.zeros(n) for n in (self.num_inputs, self.num_targets, self.obs_dim))
@@ -213,6 +217,7 @@ class Dynamics(NamedTuple):
         mean = out.mean * unit + wide(scaling.y_mean, out.mean)
         return Gaussian(mean, out.var * jnp.square(unit), out.end)
 
+    @in_32_bits
     def gaussian(
         self, net: PyTree, bounds: Bounds, scaling: Scaling, obs: jax.Array, action: jax.Array
     ) -> Gaussian:
@@ -220,6 +225,7 @@ class Dynamics(NamedTuple):
         out = self.apply(net, bounds, self.scaled_inputs(scaling, obs, action))
         return self.in_own_units(out, scaling)
 
+    @in_32_bits
     def outcome(
         self,
         obs: jax.Array,
@@ -254,6 +260,7 @@ class Dynamics(NamedTuple):
             terminated = end > 0.0  # never where it is not learned, since that is nan
         return next_obs, reward, terminated
 
+    @in_32_bits
     def loss(
         self, net: PyTree, bounds: Bounds, x: jax.Array, y: jax.Array, terminated: jax.Array
     ) -> jax.Array:
@@ -356,6 +363,7 @@ def obs_limits(scaling: Scaling, margin: Scalar = 1.0) -> tuple[jax.Array, jax.A
     return scaling.obs_low - wider, scaling.obs_high + wider
 
 
+@in_32_bits
 def fit_scaling(
     model: Dynamics, obs: jax.Array, x: jax.Array, y: jax.Array, weight: jax.Array
 ) -> Scaling:

@@ -31,6 +31,7 @@ from mbrl_jax.models.dynamics import (
     wide,
 )
 from mbrl_jax.types import InputError, PyTree, Scalar, Transition, unknown
+from mbrl_jax.x64 import in_32_bits
 
 Propagation = Literal["ts1", "tsinf", "expectation", "distribution", "moment_matching"]
 Score = Literal["none", "std", "max_distance", "jensen_shannon"]
@@ -61,17 +62,20 @@ class Ensemble(NamedTuple):
     num_members: int
     num_elites: int
 
+    @in_32_bits
     def init(self, key: jax.Array) -> Params:
         """Fresh members that change nothing in scale; the first ones are the elites."""
         net = jax.vmap(self.dynamics.init)(jax.random.split(key, self.num_members))
         elites = jnp.arange(self.num_elites, dtype=jnp.int32)
         return Params(net, self.dynamics.bounds(), self.dynamics.scaling(), elites)
 
+    @in_32_bits
     def predict(self, params: Params, obs: jax.Array, action: jax.Array) -> Gaussian:
         """Every member's `Gaussian` of the targets, [E, B, K], for obs [B, D]."""
         many = jax.vmap(self.dynamics.gaussian, (0, None, None, None, None))
         return many(params.net, params.bounds, params.scaling, obs, action)
 
+    @in_32_bits
     def sample(
         self,
         params: Params,
@@ -139,6 +143,7 @@ class Ensemble(NamedTuple):
         step = self.dynamics.outcome(obs, action, targets, y.end, limits)
         return Prediction(*step, disagreement)
 
+    @in_32_bits
     def fit(
         self,
         params: Params,

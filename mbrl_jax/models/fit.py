@@ -33,6 +33,7 @@ from mbrl_jax.models.dynamics import (
 )
 from mbrl_jax.nn.optimiser import adam
 from mbrl_jax.types import InputError, PyTree, Transition, config, ranged
+from mbrl_jax.x64 import in_32_bits
 
 HOLDOUT_ROWS = 500  # of the holdout that are evaluated at once on a CPU; an accelerator takes all
 
@@ -88,6 +89,7 @@ def init(net: PyTree, bounds: Bounds) -> PyTree:
     return adam(0.0).init((net, bounds))
 
 
+@in_32_bits
 def fit(
     model: Dynamics,
     config: Config,

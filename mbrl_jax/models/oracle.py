@@ -14,6 +14,7 @@ from mbrl_jax.envs.functions import STATES
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
 from mbrl_jax.models.latent import LatentModel
 from mbrl_jax.types import InputError, PyTree
+from mbrl_jax.x64 import in_32_bits
 
 
 def oracle(env: Env) -> DynamicsModel:
@@ -32,6 +33,7 @@ def oracle(env: Env) -> DynamicsModel:
         )
     fields = STATES[env.spec.id]
 
+    @in_32_bits
     def predict(params: PyTree, obs: jax.Array, action: jax.Array, key: jax.Array) -> Prediction:
         world = dataclasses.replace(env, params=params)
         reset_key, key = jax.random.split(key)
@@ -77,10 +79,12 @@ def latent_oracle(
       discount: of each step, [0, 1].
     """
 
+    @in_32_bits
     def represent(params: OracleParams, seen: tuple[PyTree, jax.Array]) -> OracleLatent:
         state, obs = seen
         return OracleLatent(state, obs, jnp.zeros(obs.shape[0], bool))
 
+    @in_32_bits
     def transition(params: OracleParams, latent: OracleLatent, action: jax.Array, key: jax.Array):
         world = dataclasses.replace(env, params=params.env)
         keys = jax.random.split(key, action.shape[0])

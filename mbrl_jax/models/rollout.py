@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mbrl_jax.models.dynamics import DynamicsModel
 from mbrl_jax.types import InputError, PyTree, Scalar, Transition
+from mbrl_jax.x64 import in_32_bits
 
 Act = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(obs [B, D], key, depth int32) -> actions [B] int32 or [B, A]."""
@@ -56,6 +57,7 @@ class Ending(NamedTuple):
     faults: jax.Array  # [] int32, rows that ended because a number was not finite
 
 
+@in_32_bits
 def unroll(
     model: DynamicsModel,
     params: PyTree,
@@ -119,6 +121,7 @@ def unroll(
     return carry, Ending(*ending)
 
 
+@in_32_bits
 def rollout(
     model: DynamicsModel,
     params: PyTree,
@@ -140,7 +143,10 @@ def rollout(
       InputError: a length below 1, or above `max_length` where both are known.
     """
     if not callable(act):
-        actions, max_length = act, act.shape[0]
+        actions, max_length = (
+            jnp.asarray(act),
+            act.shape[0],
+        )  # numpy's cannot be indexed by a tracer
 
         def act(obs: jax.Array, key: jax.Array, depth: jax.Array) -> jax.Array:
             return actions[depth]
@@ -170,6 +176,7 @@ def rollout(
     return Rollout(*kept)
 
 
+@in_32_bits
 def returns(
     model: DynamicsModel, params: PyTree, obs: jax.Array, actions: jax.Array, key: jax.Array
 ) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mbrl_jax import prng
 from mbrl_jax.types import Scalar
+from mbrl_jax.x64 import in_32_bits
 
 
 class Transition(NamedTuple):
@@ -70,6 +71,7 @@ class Counts(NamedTuple):
 Model = LastOutcome | Counts
 
 
+@in_32_bits
 def init_last_outcome(num_states: int, num_actions: int) -> LastOutcome:
     """An empty model; states must stay below 2**24 to be exact in float32."""
     own = jnp.repeat(jnp.arange(num_states), num_actions).astype(jnp.float32)
@@ -77,6 +79,7 @@ def init_last_outcome(num_states: int, num_actions: int) -> LastOutcome:
     return LastOutcome(_no_visits(num_states, num_actions), outcome)
 
 
+@in_32_bits
 def init_counts(num_states: int, num_actions: int) -> Counts:
     """An empty model."""
     pairs = num_states * num_actions
@@ -85,6 +88,7 @@ def init_counts(num_states: int, num_actions: int) -> Counts:
     )
 
 
+@in_32_bits
 def observe(model: Model, seen: Transition, num_actions: int, t: jax.Array) -> Model:
     """The model after the transition `seen` at step `t`."""
     pair = seen.state * num_actions + seen.action
@@ -99,6 +103,7 @@ def observe(model: Model, seen: Transition, num_actions: int, t: jax.Array) -> M
     )
 
 
+@in_32_bits
 def recall(model: Model, pairs: jax.Array) -> Outcome:
     """What the model says of `pairs` (any shape)."""
     tries = model.visits.counts[pairs]
@@ -114,6 +119,7 @@ def recall(model: Model, pairs: jax.Array) -> Outcome:
     return Outcome(model.reward_sum[pairs] / once, None, continues, tries)
 
 
+@in_32_bits
 def bootstrapped(outcome: Outcome, q: jax.Array, num_actions: int, gamma: Scalar) -> jax.Array:
     """reward + gamma * E[max_a q(s', a)], 0 where the task ends; `q` is flat, [S*A]."""
     if outcome.next_state is not None and outcome.next_state.ndim == 0:
@@ -128,6 +134,7 @@ def bootstrapped(outcome: Outcome, q: jax.Array, num_actions: int, gamma: Scalar
     return outcome.reward + gamma * jnp.sum(outcome.continues * values, axis=-1)
 
 
+@in_32_bits
 def leads_to(model: Model, state: jax.Array) -> jax.Array:
     """Which visited pairs the model predicts to lead to `state`, [S*A] bool."""
     if isinstance(model, Counts):
@@ -136,6 +143,7 @@ def leads_to(model: Model, state: jax.Array) -> jax.Array:
     return arrives & (model.outcome[:, 2] > 0) & (model.visits.counts > 0)
 
 
+@in_32_bits
 def sample_pairs(
     visits: Visits, key: jax.Array, n: int, num_actions: int, sampler: str
 ) -> jax.Array:

@@ -112,7 +112,7 @@ def is_image(part: ArraySpec) -> bool:
 def _features(obs: jax.Array, part: ArraySpec) -> jax.Array:
     """One array of an observation, [B, *shape] -> [B, features]; called within a module."""
     if part.num is not None:
-        return jax.nn.one_hot(obs, part.num)
+        return jax.nn.one_hot(obs, part.num, dtype=jnp.float32)
     # told from the array itself: a normalised image is float32 whatever its spec says
     brightness = is_image(part) and obs.dtype == jnp.uint8
     obs = jnp.asarray(obs, jnp.float32)
@@ -140,7 +140,7 @@ class PolicyNetwork(linen.Module):
         out = net(Torso(self.spec)(obs))
         if self.spec.discrete:
             return out
-        log_std = self.param("log_std", linen.initializers.zeros, (size,))
+        log_std = self.param("log_std", linen.initializers.zeros, (size,), jnp.float32)
         return out, jnp.broadcast_to(jnp.exp(log_std)[None], out.shape)
 
 
@@ -225,11 +225,11 @@ class BatchRenorm(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         width = x.shape[-1]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, width)
-        var = self.variable("batch_stats", "var", jnp.ones, width)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, width, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, width, jnp.float32)
         steps = self.variable("batch_stats", "steps", lambda: jnp.float32(0))
-        scale = self.param("scale", linen.initializers.ones, (width,))
-        bias = self.param("bias", linen.initializers.zeros, (width,))
+        scale = self.param("scale", linen.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", linen.initializers.zeros, (width,), jnp.float32)
         centre, spread = mean.value, jnp.sqrt(var.value + self.epsilon)
         if train:
             axes = tuple(range(x.ndim - 1))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.types import Scalar
+from mbrl_jax.x64 import in_32_bits
 
 
 class Stats(NamedTuple):
@@ -18,11 +19,13 @@ class Stats(NamedTuple):
     seen: jax.Array  # [] float32, how many rows were seen
 
 
+@in_32_bits
 def init(shape: tuple[int, ...]) -> Stats:
     """Mean 0 and variance 1, which `normalise` leaves as they are until data comes."""
     return Stats(jnp.zeros(shape), jnp.ones(shape), jnp.float32(0))
 
 
+@in_32_bits
 def update(stats: Stats, batch: jax.Array) -> Stats:
     """Adds the rows of `batch` [..., *shape], exactly (Chan, Golub and LeVeque 1979).
 
@@ -42,6 +45,7 @@ def update(stats: Stats, batch: jax.Array) -> Stats:
     return jax.lax.optimization_barrier(new)
 
 
+@in_32_bits
 def normalise(stats: Stats, x: jax.Array, clip: Scalar = 10.0) -> jax.Array:
     """(x - mean) / std of `x` [..., *shape], clipped to [-clip, clip]; constants become 0."""
     ndim = x.ndim - stats.mean.ndim

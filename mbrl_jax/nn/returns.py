@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.types import Scalar
+from mbrl_jax.x64 import in_32_bits
 
 
+@in_32_bits
 def gae(
     reward: jax.Array,
     value: jax.Array,
@@ -33,6 +35,7 @@ def gae(
     return jax.lax.scan(one, jnp.zeros_like(delta[0]), (delta, decay), reverse=True, unroll=8)[1]
 
 
+@in_32_bits
 def discounted_returns(
     reward: jax.Array, done: jax.Array, start: jax.Array, gamma: Scalar
 ) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ from mbrl_jax.nn.precision import FULL
 from mbrl_jax.planning.noise import colored_noise
 from mbrl_jax.planning.value import Value
 from mbrl_jax.types import InputError, Scalar
+from mbrl_jax.x64 import in_32_bits
 
 
 class Result(NamedTuple):
@@ -42,6 +43,7 @@ class MPPIPlan(NamedTuple):
     last: jax.Array  # [A], the action before
 
 
+@in_32_bits
 def start_cem(horizon: int, low: jax.Array, high: jax.Array) -> jax.Array:
     """The plan before the first step: the middle of the bounds, [H, A].
 
@@ -65,6 +67,7 @@ def start_mppi(horizon: int, low: jax.Array, high: jax.Array) -> MPPIPlan:
     return MPPIPlan(mean, mean[0])
 
 
+@in_32_bits
 def start_categorical_cem(horizon: int, num_actions: int) -> jax.Array:
     """Uniform probabilities, [H, num_actions]."""
     _at_least(1, horizon=horizon, num_actions=num_actions)
@@ -76,6 +79,7 @@ def kept_elites(num_elites: int, share: float = 0.3) -> int:
     return int(share * num_elites)
 
 
+@in_32_bits
 def random_shooting(
     value: Value,
     key: jax.Array,
@@ -96,6 +100,7 @@ def random_shooting(
     return Result(candidates[best, 0], (), candidates[best], worth[best])
 
 
+@in_32_bits
 def cem(
     value: Value,
     key: jax.Array,
@@ -143,6 +148,7 @@ def cem(
     return Result(sequence[0], mean, sequence, best_value)
 
 
+@in_32_bits
 def icem(
     value: Value,
     key: jax.Array,
@@ -214,6 +220,7 @@ def icem(
     return Result(elites[0, 0], ICEMPlan(mean, kept, jnp.bool_(False)), elites[0], top[0])
 
 
+@in_32_bits
 def mppi(
     value: Value,
     key: jax.Array,
@@ -266,6 +273,7 @@ def mppi(
     return Result(mean[0], MPPIPlan(mean, mean[0]), mean, best_value)
 
 
+@in_32_bits
 def categorical_cem(
     value: Value,
     key: jax.Array,

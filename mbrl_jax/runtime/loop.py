@@ -28,6 +28,7 @@ from mbrl_jax.types import (
     Step,
     check_config,
 )
+from mbrl_jax.x64 import in_32_bits
 
 Evaluate = Callable[[Agent, PyTree, jax.Array, jax.Array], Metrics]
 
@@ -112,6 +113,7 @@ def make_train(
     make_agent(definition, env.spec, default)
     check_counts(total_steps, eval_every, eval_episodes, eval_max_steps)
 
+    @in_32_bits
     def train(key: jax.Array, config: Any = default) -> tuple[PyTree, Metrics]:
         check_config(config)
         plan, init, period = make_program(
@@ -151,6 +153,7 @@ def make_program(
     schedule = make_agent(definition, env.spec, config).schedule
     plan = make_plan(definition.name, schedule, total_steps, eval_every)
 
+    @in_32_bits
     def init(key: jax.Array, config: Any) -> RunState:
         agent = definition.make(config, env.spec)
         init_key, reset_key, fill_key, train_key, eval_key = jax.random.split(key, 5)
@@ -166,6 +169,7 @@ def make_program(
         run = _fill(agent, env, run, fill_key, 0, plan.warmup, "random")
         return _fill(agent, env, run, fill_key, plan.warmup, plan.prefill, "train")
 
+    @in_32_bits
     def period(run: RunState, config: Any, index: jax.Array) -> tuple[RunState, Metrics]:
         agent = definition.make(config, env.spec)
         run, episodes, metrics = _train_period(agent, env, plan, run, index)
@@ -317,6 +321,7 @@ def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Arr
     return jnp.where(done, 0.0, returns), jnp.where(done, 0, lengths), ended
 
 
+@in_32_bits
 def play_episodes(
     agent: Agent,
     env: Env,
