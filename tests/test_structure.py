@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "models": {"x64", "lazy", "types", "prng", "data", "nn", "search"},
     "search": {"types"},
     "planning": {"x64", "types", "prng", "data", "nn", "models"},
-    "envs": {"x64", "types", "prng"},
+    "envs": {"x64", "lazy", "types", "prng"},
     "agents": {"x64", "lazy", "types", "prng", "data", "nn", "models", "search", "planning"},
     "runtime": {
         "x64",

@@ -3,6 +3,7 @@
 gymnax starts the JAX backend when it is imported, so it loads at the first `make_env`.
 """
 
+from mbrl_jax import lazy
 from mbrl_jax.envs.env import Env, TimeStep
 from mbrl_jax.envs.registry import list_envs, make_env
 from mbrl_jax.envs.tables import (
@@ -24,3 +25,5 @@ __all__ = [
     "tabular",
     "value_iteration",
 ]
+
+__getattr__, __dir__ = lazy.attach(__name__, ("classic", "functions", "locomotion", "sutton"))
