@@ -1,10 +1,12 @@
 """PETS: what it plans is what the planner plans, and nothing of an episode outlives it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SMALL
+from helpers import SMALL, assert_same
 from probes import quick
 from test_fit import selected_in_gradient_steps
 
@@ -99,6 +101,30 @@ def test_random_steps_of_vmapped_seeds_plan_nothing():
     assert "dot_general" not in str(act("random"))
     assert "cond" not in str(act("random"))
     assert "dot_general" in str(act("train"))
+
+
+def test_until_the_first_training_actions_are_random_also_in_training():
+    """SMALL has 16 steps of warm-up and trains after 8 more; under vmapped seeds it is a branch."""
+    agent = make_agent("pets", PENDULUM, config())
+    state = jax.vmap(agent.init)(jax.random.split(jax.random.key(0), 2))
+    obs, first, keys = (
+        jnp.zeros((2, 3, 3)),
+        jnp.zeros((2, 3), bool),
+        jax.random.split(jax.random.key(1), 2),
+    )
+    memory = jax.vmap(lambda key: agent.init_memory(3))(keys)
+
+    def act(mode, t):
+        one = lambda *args: agent.act(*args[:-1], args[-1], mode)[:2]  # noqa: E731
+        return jax.vmap(one, (0, 0, 0, 0, 0, None))(state, memory, obs, first, keys, t)
+
+    until = quick(partial(act, "train"))
+    with jax.debug_key_reuse(False):  # the same draws are compared
+        drawn = quick(partial(act, "random"))(jnp.int32(23))
+        assert_same(until(jnp.int32(23)), drawn)
+        assert (np.asarray(until(jnp.int32(24))[0]) != np.asarray(drawn[0])).all()
+        jaxpr = str(jax.make_jaxpr(partial(act, "train"))(jnp.int32(23)))
+    assert "cond[" in jaxpr, "a select would plan in vain"
 
 
 def test_training_of_four_vmapped_seeds_selects_no_parameters():

@@ -69,7 +69,8 @@ class Config:
     buffer_size: int = ranged("[1, inf)", default=100_000)
     # environments side by side
     num_envs: int = ranged("[1, inf)", default=1)
-    # environment steps of random actions before the first training
+    # environment steps of random actions; the first training comes `steps_per_update` steps later,
+    # which are random too
     warmup_steps: int = ranged("[2, inf)", default=200)
     # steps of every environment between two trainings
     steps_per_update: int = ranged("[1, inf)", default=200)
@@ -104,14 +105,23 @@ def init_memory(cfg: Config, spec: EnvSpec, num_envs: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], num_envs, axis=0), start)
 
 
+def untrained_steps(cfg: Config) -> int:
+    """The batched steps before the first training."""
+    return -(-cfg.warmup_steps // cfg.num_envs) + cfg.steps_per_update
+
+
 def act(
     cfg: Config, spec: EnvSpec, state: State, memory, obs, is_first, key, t: jax.Array, mode: Mode
 ):
-    """`Agent.act`: the first action of a plan, in modes "train" and "eval" alike."""
+    """`Agent.act`: the first action of a plan in modes "train" and "eval" alike.
+
+    A model that was never trained is not worth planning with: until then "train" is random too.
+    """
     num_envs = obs.shape[0]
-    if mode == "random":
-        # no plan leads to what was done, so the next one starts anew
-        return spec.random_actions(key, obs), init_memory(cfg, spec, num_envs), ()
+
+    def at_random(key: jax.Array) -> tuple[jax.Array, PyTree]:
+        # no plan leads to what is done, so the next one starts anew
+        return spec.random_actions(key, obs), init_memory(cfg, spec, num_envs)
 
     def one(obs: jax.Array, plan: PyTree, is_first: jax.Array, key: jax.Array):
         start, _ = make_planner(cfg, spec)
@@ -119,7 +129,15 @@ def act(
         got = plan_action(cfg, spec, state.params, obs, plan, key)
         return got.action, got.plan
 
-    action, memory = jax.vmap(one)(obs, memory, is_first, jax.random.split(key, num_envs))
+    def planned(key: jax.Array) -> tuple[jax.Array, PyTree]:
+        return jax.vmap(one)(obs, memory, is_first, jax.random.split(key, num_envs))
+
+    if mode == "random":
+        action, memory = at_random(key)
+    elif mode == "train":
+        action, memory = jax.lax.cond(t < untrained_steps(cfg), at_random, planned, key)
+    else:
+        action, memory = planned(key)
     return action, memory, ()
 
 
