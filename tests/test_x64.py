@@ -45,9 +45,9 @@ def trainer(name):
         fields = {**fields, "batch_size": 8}
     config = definition.config_for(env_id, **fields)
     definition = definition._replace(config=config, presets={})
-    return mbrl_jax.make_train(
-        definition, mbrl_jax.make_env(env_id), 64, eval_episodes=1, eval_max_steps=5
-    )
+    # an evaluation would trace the planner once more
+    episodes = 0 if name in ("pets", "mbpo") else 1
+    return mbrl_jax.make_train(definition, mbrl_jax.make_env(env_id), 64, 64, episodes, 5)
 
 
 def lowered(name):
@@ -88,8 +88,6 @@ def check_runs_are_the_same_bits(out):
     options = {"total_steps": 60, "seeds": 2, "eval_every": 20, "eval_episodes": 1}
     with jax.enable_x64(False):
         expected = mbrl_jax.train("q_learning", "FrozenLake-misc", **options)
-    result = mbrl_jax.train("q_learning", "FrozenLake-misc", **options)
-    equal(result, expected)
     mbrl_jax.train("q_learning", "FrozenLake-misc", out=out, **{**options, "total_steps": 40})
     result = mbrl_jax.train("q_learning", "FrozenLake-misc", out=out, resume=True, **options)
     equal(result.state, expected.state)
