@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -110,6 +111,27 @@ def _strong(x: jax.Array) -> jax.Array:
     # a type that is weak after one chunk and not before it would trace the next one anew
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return x if is_key else jax.lax.convert_element_type(x, x.dtype)
+
+
+@custom_vmap
+def with_seed_axis(tree: PyTree) -> PyTree:
+    """`tree`, of which under `vmap` every leaf has the batch's axis, also one that is equal in all.
+
+    A state that comes back from a compiled chunk has that axis everywhere. Counters that start at a
+    constant would not have it in a program that makes the state itself, and XLA rounds some
+    functions of one number and of many in different ways (powers, on a CPU).
+    """
+    return tree
+
+
+@with_seed_axis.def_vmap
+def _with_seed_axis(axis_size: int, batched: list[PyTree], tree: PyTree) -> tuple[PyTree, PyTree]:
+    def leaf(is_batched: bool, x: jax.Array) -> jax.Array:
+        return x if is_batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+
+    # once more, for a vmap around this one
+    whole = with_seed_axis(jax.tree.map(leaf, batched[0], tree))
+    return whole, jax.tree.map(lambda _: True, batched[0])
 
 
 def seed_mode(mode: str, agent_state: PyTree) -> str:

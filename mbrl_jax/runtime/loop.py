@@ -125,7 +125,7 @@ def make_train(
         config = jax.lax.optimization_barrier(
             jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config)
         )
-        run = init(key, config)
+        run = devices.with_seed_axis(init(key, config))
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
             return period(run, config, index)
