@@ -122,13 +122,11 @@ def make_train(
         )  # fmt: skip
         devices.check_memory(jax.eval_shape(init, key, config), 1)
         # XLA would fold the default's numbers into the program, whose bits are then others
-        config = jax.lax.optimization_barrier(
-            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config)
-        )
-        run = jax.lax.optimization_barrier(init(key, config))
+        config = _apart(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config))
+        run = _apart(init(key, config))
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
-            return jax.lax.optimization_barrier(period(run, config, index))
+            return _apart(period(run, config, index))
 
         run, history = jax.lax.scan(one, run, jnp.arange(plan.periods, dtype=jnp.int32))
         taken = [plan.env_steps(i) for i in range(plan.periods)]
@@ -136,6 +134,16 @@ def make_train(
         return run.agent, {"env_steps": jnp.asarray(taken, counted), **history}
 
     return train
+
+
+def _apart(tree: PyTree) -> PyTree:
+    """`tree`, made before XLA fuses what comes after; keys pass, whose use JAX could not follow."""
+    return jax.tree.map(
+        lambda x: (
+            x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jax.lax.optimization_barrier(x)
+        ),
+        tree,
+    )
 
 
 def make_program(
