@@ -283,7 +283,7 @@ def test_a_row_is_that_of_its_step_also_late_and_in_64_bits(x64):
 @pytest.mark.parametrize("x64", [False, True])
 def test_dtypes_are_the_same_in_64_bits(x64):
     with jax.enable_x64(x64):
-        made = ring.make(ring.transition_example(SPEC), 12, 3)
+        made = ring.make(Transition.example(SPEC), 12, 3)
 
         def use(rows, batch, mask, t, key):
             rows = made.add(rows, batch, t)

@@ -122,13 +122,11 @@ def make_train(
         )  # fmt: skip
         devices.check_memory(jax.eval_shape(init, key, config), 1)
         # XLA would fold the default's numbers into the program, whose bits are then others
-        config = jax.lax.optimization_barrier(
-            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config)
-        )
-        run = devices.with_seed_axis(init(key, config))
+        config = _apart(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config))
+        run = _apart(devices.with_seed_axis(init(key, config)))
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
-            return period(run, config, index)
+            return _apart(period(run, config, index))
 
         run, history = jax.lax.scan(one, run, jnp.arange(plan.periods, dtype=jnp.int32))
         taken = [plan.env_steps(i) for i in range(plan.periods)]
@@ -136,6 +134,17 @@ def make_train(
         return run.agent, {"env_steps": jnp.asarray(taken, counted), **history}
 
     return train
+
+
+def _apart(tree: PyTree) -> PyTree:
+    """`tree`, made whole before XLA fuses what comes after; keys pass, whose use JAX follows."""
+    leaves, structure = jax.tree.flatten(tree)
+    numbers = [i for i, x in enumerate(leaves) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    # one barrier for all: leaf by leaf, XLA still mixes what makes one with what uses another
+    made = jax.lax.optimization_barrier([leaves[i] for i in numbers])
+    for i, x in zip(numbers, made, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
 
 
 def make_program(
