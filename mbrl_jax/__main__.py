@@ -257,9 +257,7 @@ def _compare(args: list[str]) -> int:
                 f"compare: {folder} ran on {world}, {folders[0]} on {worlds[0]}; "
                 "expected runs on one environment"
             )
-    labels = [folder.name or str(folder) for folder in folders]
-    if len(set(labels)) < len(labels):
-        labels = [str(folder) for folder in folders]
+    labels = _short_names(folders)
     tables = [runs.read_run(folder) for folder in folders]
     for folder, table in zip(folders, tables, strict=True):
         if options.metric not in table or options.metric in ("seed", "env_steps"):
@@ -293,6 +291,15 @@ def _compare(args: list[str]) -> int:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
     print(f"plot: {', '.join(map(str, paths))}")
     return 0
+
+
+def _short_names(folders: list[Path]) -> list[str]:
+    """The last parts of paths, as few as tell them apart."""
+    for num in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = [str(Path(*folder.parts[-num:])) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
 
 
 def _list(args: list[str]) -> int:

@@ -76,6 +76,13 @@ def test_compare(run, tmp_path, capfd):
     assert re.search(r"│ other +│ dyna_q │ .+ 0\.50 \(", out)
     assert plot.exists()
     assert plot.with_suffix(".svg").exists()
+    # as many parts of the paths as tell them apart
+    namesake = tmp_path / "again" / "dyna"
+    shutil.copytree(run, namesake)
+    assert main(["compare", str(run), str(namesake), "--out", str(plot)]) == 0
+    out = capfd.readouterr().out
+    assert re.search(rf"│ {run.parent.name}/dyna +│", out)
+    assert re.search(r"│ again/dyna +│", out)
 
 
 def test_list(capfd):

@@ -120,6 +120,20 @@ def test_names_at_the_ends_do_not_overlap():
     assert heights[0] == pytest.approx(0.1)  # nothing near: stays beside its curve
 
 
+def test_long_names_leave_room_for_what_they_name(tmp_path):
+    """Paths without a gap, and sentences; a warning of axes without width is an error."""
+    names = ["/a/folder" * 15, "one word and another " * 9, "x" * 200]
+    plots.learning_curves({name: curves(2, i) for i, name in enumerate(names)}, tmp_path / "curve")
+    plots.performance_profiles({name: [1.0, 2.0] for name in names}, tmp_path / "profile")
+    interval = {name: Interval(1.0, 0.5, 1.5) for name in names}
+    plots.interval_plot({"x": interval, "y": interval}, tmp_path / "interval")
+    axes = plots.Figure().subplots()
+    plots._name_ends(axes, [(0, 0.5, name, "#000000") for name in names])
+    assert {text.get_text().count("\n") for text in axes.texts} == {2}
+    heights = np.array([text.get_position()[1] for text in axes.texts])
+    assert np.diff(heights).min() > 0.95 * 3 * plots._LABEL_GAP
+
+
 def test_many_algorithms_and_a_single_point_can_be_drawn(tmp_path):
     plots.learning_curves({str(i): curves(2, i) for i in range(9)}, tmp_path / "many")
     plots.learning_curves({"one": ([100], [[1.0]])}, tmp_path / "one")

@@ -23,7 +23,9 @@ from mbrl_jax.nn.networks import ContinuousCritic
         ("gumbel_muzero_policy", 0.95, 4),
         # a value is the mean of what was tried, good and bad, which hides 5 % of difference
         ("gumbel_muzero_policy", 0.7, 64),
-        ("muzero_policy", 0.7, 64),
+        # beside a hole it hides 50 % from counts, which follow it (mctx's too: at 0.7 and 64
+        # simulations 31 % of all keys lead from the lake's first state into the wall)
+        ("muzero_policy", 0.3, 64),
     ],
 )
 @pytest.mark.parametrize(
@@ -31,12 +33,13 @@ from mbrl_jax.nn.networks import ContinuousCritic
     ids=lambda env: env.spec.id,
 )  # fmt: skip
 def test_exact_values_lead_along_an_optimal_path_from_every_state(env, policy, gamma, num):
-    """Every action is optimal, and so every path is. Uniform priors."""
+    """Every action is optimal, and so every path is; eight searches a state. Uniform priors."""
     table = tables.tabular(env)
     values, action_values = tables.value_iteration(table, gamma)
     ends = table.terminates.sum(axis=(1, 2)) == env.spec.num_actions
     cells = jnp.flatnonzero(~ends & (values > 0))
     assert len(cells) > 8
+    cells = jnp.repeat(cells, 8)  # other ties
 
     def evaluate(values, obs):
         return jnp.zeros((obs.shape[0], env.spec.num_actions)), values[obs]

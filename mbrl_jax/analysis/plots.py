@@ -7,6 +7,7 @@ matplotlib settings are. The same data give the same bytes, so committed figures
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def interval_plot(
                 )
             _draw_intervals(axes, [intervals[name] for name in names])
             axes.set_title(panel, loc="center", fontsize=11, fontweight="normal")
-        row[0].set_yticks(range(len(names)), names)
+        row[0].set_yticks(range(len(names)), [wrapped(name) for name in names])
         row[0].set_ylim(len(names) - 0.4, -0.6)
         figure.supxlabel(xlabel, fontsize=11)
         if title is not None:
@@ -219,6 +220,11 @@ def color_of(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
+def wrapped(name: str) -> str:
+    """A name in lines so short that they leave room for what they name, three at most."""
+    return textwrap.fill(name, 34, max_lines=3, placeholder="…")
+
+
 def thousands(value: float, _: int) -> str:
     """A number on an axis with k, M or G."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -233,7 +239,7 @@ def draw_band(
     """Draw one curve and its band; a dot marks the point `last`."""
     dashes = _DASHES[index // len(PALETTE) % len(_DASHES)]
     axes.fill_between(x, band.low, band.high, color=color_of(index), alpha=0.18, linewidth=0)
-    (line,) = axes.plot(x, band.point, dashes, color=color_of(index), label=name)
+    (line,) = axes.plot(x, band.point, dashes, color=color_of(index), label=wrapped(name))
     if last is not None:
         line.set(marker="o", markersize=4.5, markevery=[last], clip_on=False)
 
@@ -266,10 +272,13 @@ def _draw_intervals(axes: Axes, intervals: list[Interval]) -> None:
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write names (x, y, name, color) right of the axes, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    ends = sorted(ends, key=lambda end: end[1])
+    ends = [(x, y, wrapped(name), color) for x, y, name, color in ends]
+    ends.sort(key=lambda end: end[1])
+    lines = np.array([1 + name.count("\n") for _, _, name, _ in ends])
+    gaps = _LABEL_GAP * (lines[:-1] + lines[1:]) / 2
     heights = np.array([(y - low) / (high - low) for _, y, _, _ in ends])
     for _ in range(50 * len(ends)):
-        overlap = np.maximum(_LABEL_GAP - np.diff(heights), 0) / 2
+        overlap = np.maximum(gaps - np.diff(heights), 0) / 2
         heights[:-1] -= overlap
         heights[1:] += overlap
         heights[-1] = min(heights[-1], 1)
