@@ -18,6 +18,7 @@ from mbrl_jax.search.forest import (
     VISITS,
     Forest,
     bits,
+    divided,
     end_of,
     number,
     outcomes_of,
@@ -103,6 +104,7 @@ def carried(
             whole, scratch[2] = fetched(walk.table, row, scratch[2])
             node, own = unpack(whole, forest.num_actions)
         above = own[:, PARENT]
+        up, action = divided(above, width)
         cell, scratch[1] = fetched(cells, above, scratch[1])
         visits, before = cell[:, VISITS] + 1, number(cell[:, VALUE])
         value = (before * cell[:, VISITS] + returned) / visits
@@ -110,7 +112,7 @@ def carried(
         qvalue = reward + discount * value
         if outcomes is not None:
             # written before it is read, or XLA copies all of it
-            place = jnp.where(busy, above // width, outcomes.shape[0]), above % width
+            place = jnp.where(busy, up, outcomes.shape[0]), action
             pair = jnp.stack([reward, discount], axis=-1)
             outcomes = outcomes.at[place].set(pair, mode="drop", unique_indices=True)
         if span is not None:
@@ -118,8 +120,9 @@ def carried(
             span = jnp.where(busy[None], jnp.stack(wider), span)
         target = row
         if rule is not None:
+            own_number, root = divided(row, batch)
             node = node._replace(
-                value=value, total=visits, root=row % batch, number=row // batch,
+                value=value, total=visits, root=root, number=own_number,
                 outcomes=outcomes_of(outcomes, row),
             )  # fmt: skip
             edge = row * width + rule(node)
@@ -133,7 +136,7 @@ def carried(
         index = jnp.where(busy, above, cells.shape[0])
         cells = cells.at[index].set(cell, mode="drop", unique_indices=True)
 
-        up, returned = above // width, reward + discount * returned
+        returned = reward + discount * returned
         arrived = busy & (up < batch)
         done = arrived | ~busy
         following = jnp.where(done, new + walkers, new)

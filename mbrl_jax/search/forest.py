@@ -184,6 +184,15 @@ def plant(
     return store(empty, root, lanes.embedding, 0)
 
 
+def divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of numbers [L] that are not negative.
+
+    Without the signs, for which jnp's own have kernels in the innermost loop.
+    """
+    divisor = jnp.full_like(x, by)
+    return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
+
+
 def store(forest: Forest, records: jax.Array, embedding: Any, first_row: Any) -> Forest:
     """Writes new nodes, one slice, where no edge was visited yet.
 
@@ -196,7 +205,7 @@ def store(forest: Forest, records: jax.Array, embedding: Any, first_row: Any) ->
     put = jax.lax.dynamic_update_slice_in_dim
     first_row, depth = jnp.int32(first_row), forest.depth
     if depth is not None:
-        above = records[:, -4 + PARENT] // forest.width
+        above, _ = divided(records[:, -4 + PARENT], forest.width)
         depth = put(depth, jnp.where(above < forest.batch, 1, take(depth, above) + 1), first_row, 0)
     return dataclasses.replace(
         forest,
@@ -225,8 +234,9 @@ def expand(forest: Forest, model: Model, call: jax.Array, edge: jax.Array) -> tu
     Raises:
       InputError: outputs of the recurrent function whose shapes or dtypes do not agree.
     """
-    before = jax.tree.map(lambda x: take(x, edge // forest.width), forest.embedding)
-    out, embedding = model(call, edge % forest.width, before)
+    node, action = divided(edge, forest.width)
+    before = jax.tree.map(lambda x: take(x, node), forest.embedding)
+    out, embedding = model(call, action, before)
     num = edge.shape[0]
     shapes = dict.fromkeys(("reward", "discount", "value"), (num,))
     for name, expected in {**shapes, "prior_logits": (num, forest.num_actions)}.items():
