@@ -1,14 +1,11 @@
-"""Networks, the normaliser, the optimiser and the distributions against slow float64 references."""
+"""Networks, the normaliser, schedules and the distributions against slow float64 references."""
 
 import itertools
-from functools import partial
 
-import chex
 import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +15,6 @@ from scipy import integrate, special, stats
 from mbrl_jax.nn import distributions as dist
 from mbrl_jax.nn import normaliser
 from mbrl_jax.nn.networks import MLP, BatchRenorm, Conv3x3, Torso, polyak
-from mbrl_jax.nn.optimiser import adam, flat, flattened
 from mbrl_jax.nn.schedules import linear
 from mbrl_jax.types import ArraySpec, EnvSpec, InputError
 
@@ -294,165 +290,6 @@ def test_polyak_is_the_moving_average():
     moved = polyak(new, old, 0.25)
     assert moved["a"].tolist() == [0.25, 0.5]
     assert moved["b"] == 2.5
-
-
-def slow_adam(theta, grads, rates, b1, b2, eps, longest, decay):
-    """Kingma and Ba (2015), Algorithm 1; with `decay` Loshchilov and Hutter (2019), Algorithm 2."""
-    m = v = np.zeros(len(theta))
-    for t, (grad, rate) in enumerate(zip(grads, rates, strict=True), start=1):
-        grad = grad * min(1.0, longest / np.sqrt(np.sum(grad**2)))
-        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
-        move = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
-        theta = theta - rate * (move + decay * theta)
-        yield theta
-
-
-@pytest.mark.parametrize(("longest", "decay"), [(None, None), (0.7, None), (None, 0.1), (0.7, 0.1)])
-def test_adam_equals_a_slow_one(longest, decay):
-    rng = np.random.default_rng(0)
-    theta, grads, rates = rng.normal(size=5), rng.normal(size=(8, 5)), 0.1 / np.arange(1, 9)
-    grads *= 4.0 * np.arange(1, 9)[:, None] ** -1.5  # norms beyond 0.7 and later below it
-    optimiser = partial(adam, b1=0.8, b2=0.95, eps=1e-3, max_grad_norm=longest, weight_decay=decay)
-
-    @jax.jit
-    def step(fast, state, grads, rate):
-        moves, state = optimiser(rate).update(grads, state, fast)
-        return jax.tree.map(jnp.add, fast, moves), state
-
-    fast = {"a": jnp.float32(theta[:2]), "b": jnp.float32(theta[2:])}
-    state = optimiser(0.0).init(fast)
-    slow = slow_adam(theta, grads, rates, 0.8, 0.95, 1e-3, longest or np.inf, decay or 0.0)
-    for grad, rate, expected in zip(grads, rates, slow, strict=True):
-        grad = {"a": jnp.float32(grad[:2]), "b": jnp.float32(grad[2:])}
-        fast, state = step(fast, state, grad, rate)
-        got = np.concatenate([fast["a"], fast["b"]])
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_adam_equals_a_slow_one_for_every_seed_under_vmap():
-    rng = np.random.default_rng(1)
-    theta, grads = rng.normal(size=(3, 5)), rng.normal(size=(3, 4, 5))
-    optimiser = adam(0.1, b1=0.8, b2=0.95, eps=1e-3)
-
-    def tree(vector):
-        return {"a": vector[..., :2], "b": vector[..., 2:]}
-
-    def run(params, grads):
-        def step(carry, grad):
-            params, state = carry
-            moves, state = optimiser.update(tree(grad), state, params)
-            return (jax.tree.map(jnp.add, params, moves), state), None
-
-        return jax.lax.scan(step, (params, optimiser.init(params)), grads)[0][0]
-
-    many = jax.jit(jax.vmap(run))
-    got = many(tree(jnp.float32(theta)), jnp.float32(grads))
-    rates = [0.1] * 4
-    slow = [list(slow_adam(t, g, rates, 0.8, 0.95, 1e-3, np.inf, 0.0))[-1]
-            for t, g in zip(theta, grads, strict=True)]  # fmt: skip
-    np.testing.assert_allclose(np.concatenate([got["a"], got["b"]], 1), slow, rtol=1e-4, atol=1e-5)
-    text = many.lower(tree(jnp.float32(theta)), jnp.float32(grads)).as_text()
-    assert "dynamic_update_slice" in text
-    assert "scatter" not in text
-
-
-PARAMS = {
-    "torso": {"kernel": jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), "bias": jnp.zeros(4)},
-    "scale": jnp.float32(0.3),
-    "empty": jnp.zeros((0, 4)),
-}
-
-
-def gradients(number):
-    return [
-        jax.tree.map(
-            lambda x, i=i: (
-                jnp.sin(jnp.arange(x.size, dtype=jnp.float32) + 7.0 * i).reshape(x.shape)
-                * 10.0 ** (i % 3)
-            ),
-            PARAMS,
-        )
-        for i in range(number)
-    ]
-
-
-@pytest.fixture(params=["cpu", "gpu"])
-def backend(request, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
-    return request.param
-
-
-def test_one_vector_holds_all_leaves_in_order_on_every_backend(backend):
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.bfloat16(-2.0), "c": jnp.zeros((0, 2))}
-    vector = flat(tree)
-    assert vector.dtype == jnp.float32
-    assert vector.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -2.0]
-    text = jax.jit(lambda tree: flat(tree)).lower(PARAMS).as_text()  # not traced before
-    assert ("dynamic_update_slice" in text) == (backend == "cpu")
-    assert ("concatenate" in text) == (backend == "gpu")
-
-
-@pytest.mark.parametrize(("longest", "decay"), [(None, None), (0.7, 0.1)])
-def test_a_step_and_its_state_are_the_same_on_every_backend(monkeypatch, longest, decay):
-    """So that a checkpoint moves between devices."""
-
-    def run(name):
-        monkeypatch.setattr(jax, "default_backend", lambda: name)
-        optimiser = adam(0.1, max_grad_norm=longest, weight_decay=decay)
-        params, state = PARAMS, optimiser.init(PARAMS)
-        for grads in gradients(4):
-            # op by op: each program would round in its own way
-            moves, state = optimiser.update(grads, state, params)
-            params = optax.apply_updates(params, moves)
-        return params, state
-
-    (params, state), (theirs, other) = run("cpu"), run("gpu")
-    assert jax.tree.structure(state) == jax.tree.structure(other)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
-    chex.assert_trees_all_close((params, state), (theirs, other), rtol=1e-6)
-    assert not np.allclose(params["scale"], PARAMS["scale"])
-
-
-def clipped_by_tensor(ratio, floor):
-    """g / max(1, |g| / (ratio max(floor, |p|))), with the norms of whole tensors."""
-
-    def update(grads, state, params):
-        def one(g, p):
-            longest = ratio * jnp.maximum(floor, jnp.linalg.norm(p))
-            return g / jnp.maximum(1.0, jnp.linalg.norm(g) / longest)
-
-        return jax.tree.map(one, grads, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def test_a_rule_of_each_tensor_stands_before_the_flat_part(backend):
-    """Clipping by tensor, then RMS scaling, then momentum: the optimiser of DreamerV3."""
-    inner = optax.chain(
-        optax.scale_by_rms(decay=0.9, eps=1e-20, eps_in_sqrt=False, bias_correction=True),
-        optax.ema(0.8),
-        optax.scale_by_learning_rate(0.1),
-    )
-    optimiser = optax.chain(clipped_by_tensor(0.3, 1e-3), flattened(inner))
-    update = jax.jit(optimiser.update)
-    params, state = PARAMS, optimiser.init(PARAMS)
-    slow, structure = jax.tree.flatten(jax.tree.map(np.float64, PARAMS))
-    nu, mu = ([np.zeros_like(x) for x in slow] for _ in range(2))
-    short = set()
-    for t, grads in enumerate(gradients(5), start=1):
-        moves, state = update(grads, state, params)
-        params = optax.apply_updates(params, moves)
-        for i, g in enumerate(map(np.float64, jax.tree.leaves(grads))):
-            longest = 0.3 * max(1e-3, np.linalg.norm(slow[i]))
-            short.add(bool(np.linalg.norm(g) <= longest))
-            g = g / max(1.0, np.linalg.norm(g) / longest)
-            nu[i] = 0.9 * nu[i] + 0.1 * g**2
-            mu[i] = 0.8 * mu[i] + 0.2 * g / (np.sqrt(nu[i] / (1 - 0.9**t)) + 1e-20)
-            slow[i] = slow[i] - 0.1 * mu[i] / (1 - 0.8**t)
-        chex.assert_trees_all_close(params, jax.tree.unflatten(structure, slow), rtol=1e-4)
-    assert short == {True, False}
-    vectors = [x.shape for x in jax.tree.leaves(state) if x.ndim]
-    assert vectors == [(17,), (17,)], "the elementwise part keeps one vector of each moment"
 
 
 def test_schedules_begin_and_end_where_they_should():
