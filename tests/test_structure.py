@@ -24,6 +24,7 @@ ROOT = PACKAGE.parent
 MAY_IMPORT = {
     "types": set(),
     "prng": set(),
+    "loops": {"types"},
     "lazy": set(),
     "x64": set(),
     "analysis": {"lazy"},
@@ -32,13 +33,16 @@ MAY_IMPORT = {
     "models": {"x64", "lazy", "types", "prng", "data", "nn", "search"},
     "search": {"types"},
     "planning": {"x64", "types", "prng", "data", "nn", "models"},
-    "envs": {"x64", "lazy", "types", "prng"},
-    "agents": {"x64", "lazy", "types", "prng", "data", "nn", "models", "search", "planning"},
+    "envs": {"x64", "lazy", "types", "prng", "loops"},
+    "agents": {
+        "x64", "lazy", "types", "prng", "loops", "data", "nn", "models", "search", "planning",
+    },  # fmt: skip
     "runtime": {
         "x64",
         "lazy",
         "types",
         "prng",
+        "loops",
         "agents",
         "envs",
         "analysis",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen
 
-from mbrl_jax import prng
+from mbrl_jax import loops, prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import prioritised, ring, windows
 from mbrl_jax.data.ring import Ring
@@ -132,6 +132,15 @@ def greedy_actions(q: jax.Array, legal: jax.Array | None = None) -> jax.Array:
     return jnp.argmax(q, axis=-1).astype(jnp.int32)
 
 
+def values_of(q: jax.Array, action: jax.Array) -> jax.Array:
+    """The entries of `q` [B, A] at the columns `action` [B] int32: [B].
+
+    A sum of one term, since the gradient of a gather is a scatter: two more kernels.
+    """
+    chosen = jnp.arange(q.shape[-1], dtype=action.dtype) == action[:, None]
+    return jnp.sum(jnp.where(chosen, q, 0.0), axis=-1)
+
+
 def q_target(
     reward: jax.Array,
     discount: jax.Array,
@@ -149,15 +158,14 @@ def q_target(
         (4)), the target network's for plain DQN.
       legal: [B, A] bool, the actions among which the argmax is taken; None for all.
     """
-    choice = greedy_actions(next_q_choice, legal)[:, None]
-    return reward + discount * jnp.take_along_axis(next_q, choice, axis=-1)[:, 0]
+    return reward + discount * values_of(next_q, greedy_actions(next_q_choice, legal))
 
 
 def q_loss(
     q: jax.Array, action: jax.Array, target: jax.Array, weight: Scalar, kind: str
 ) -> tuple[jax.Array, jax.Array]:
     """(mean of `weight` [B] times the loss, errors [B]) of `q` [B, A] at `action` [B]."""
-    error = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0] - target
+    error = values_of(q, action) - target
     each = optax.huber_loss(error) if kind == "huber" else 0.5 * jnp.square(error)
     return jnp.mean(weight * each), error
 
@@ -259,7 +267,7 @@ def gradient_step(
         moved = polyak(params, state.target, cfg.tau)
     else:
         due = number % cfg.target_period == cfg.target_period - 1
-        moved = jax.lax.cond(
+        moved = loops.cond(
             due, lambda new, old: polyak(new, old, cfg.tau), lambda new, old: old,
             params, state.target,
         )  # fmt: skip
@@ -307,13 +315,13 @@ def update(
 
     if cfg.prioritised:
         keys = prng.split(key, cfg.updates)
-        state, metrics = jax.lax.scan(by_priority, state, (numbers, keys))
+        state, metrics = loops.scan(by_priority, state, (numbers, keys))
     else:
         buffer = replay(cfg, spec)
         index = buffer.sample_index(key, cfg.updates * cfg.batch_size, t + 1, cfg.n_step)
         index = index.reshape(cfg.updates, cfg.batch_size)
         batches = buffer.n_step(state.replay, index, cfg.n_step, cfg.gamma)
-        state, metrics = jax.lax.scan(uniform, state, (numbers, batches))
+        state, metrics = loops.scan(uniform, state, (numbers, batches))
     return state, {**jax.tree.map(jnp.mean, metrics), "epsilon": epsilon(cfg, t + 1)}
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl_jax import prng
+from mbrl_jax import loops, prng
 from mbrl_jax.agents import AgentDef
 from mbrl_jax.data import ring
 from mbrl_jax.data.ring import Ring
@@ -324,7 +324,7 @@ def update(
         moves, opt = (Params(*parts) for parts in zip(*moved, strict=True))
         return (jax.tree.map(jnp.add, params, moves), opt), metrics
 
-    (params, opt), metrics = jax.lax.scan(gradient_step, (state.params, state.opt), order)
+    (params, opt), metrics = loops.scan(gradient_step, (state.params, state.opt), order)
     return state._replace(params=params, opt=opt), jax.tree.map(jnp.mean, metrics)
 
 

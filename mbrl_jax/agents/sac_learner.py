@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax import prng
+from mbrl_jax import loops, prng
 from mbrl_jax.nn.distributions import TanhNormal, tanh_normal
 from mbrl_jax.nn.networks import ContinuousCritic, GaussianActor, polyak
 from mbrl_jax.nn.optimiser import adam
@@ -375,7 +375,7 @@ def learn(
         return state, metrics | more
 
     numbers = done + jnp.arange(rounds, dtype=jnp.int32)
-    state, metrics = jax.lax.scan(one, state, (numbers, batches, noise, subsets))
+    state, metrics = loops.scan(one, state, (numbers, batches, noise, subsets))
     return state, jax.tree.map(jnp.mean, metrics)
 
 

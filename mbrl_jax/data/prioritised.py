@@ -17,7 +17,8 @@ from mbrl_jax import prng
 from mbrl_jax.types import InputError, Scalar
 
 _FAN_OUT = 32  # 16 to 32 draw fastest on a CPU; 64 takes twice as long
-_WHOLE = 8192  # up to so many children all parents are summed: one kernel instead of two
+# up to so many children all parents are summed: one kernel instead of two
+_WHOLE, _WHOLE_ACCELERATOR = 8192, 2**20
 # column j sums what lies before child j
 _BEFORE = np.triu(np.ones((_FAN_OUT, _FAN_OUT), np.float32), 1)
 
@@ -64,9 +65,10 @@ class Prioritised(NamedTuple):
         Of a row that is named twice any one of its values stays.
         """
         levels: list[jax.Array] = []
+        whole = _WHOLE if jax.default_backend() == "cpu" else _WHOLE_ACCELERATOR
         largest = jnp.maximum(priorities.largest, jnp.max(value))
         for level in priorities.levels:
-            if levels and levels[-1].size <= _WHOLE:
+            if levels and levels[-1].size <= whole:
                 sums = jnp.sum(levels[-1], axis=-1)
                 levels.append(jnp.pad(sums, (0, level.size - sums.size)).reshape(level.shape))
                 continue
@@ -125,8 +127,12 @@ def _choose(children: jax.Array, uniform: jax.Array) -> jax.Array:
 
     `uniform` [num] lies in [0, 1]; not even 1 leads to a child of value 0.
     """
-    # a matrix product, because a cumulative sum is many kernels on a CPU
-    before = jax.lax.dot(children, jnp.asarray(_BEFORE), precision=jax.lax.Precision.HIGHEST)
+    if jax.default_backend() == "cpu":
+        # a matrix product, because a cumulative sum is many kernels on a CPU
+        before = jax.lax.dot(children, jnp.asarray(_BEFORE), precision=jax.lax.Precision.HIGHEST)
+    else:
+        # a sum, into which XLA fuses the gather of the children
+        before = jnp.sum(children[:, :, None] * _BEFORE[None], axis=1)
     target = uniform * (before[:, -1] + children[:, -1])
     # the last child that is not 0 and does not lie wholly above the target. However the sums were
     # rounded there is one: before the first that is not 0 lies exactly 0

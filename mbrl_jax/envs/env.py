@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_jax import prng
+from mbrl_jax import loops, prng
 from mbrl_jax.types import EnvSpec, PyTree, Step
 from mbrl_jax.x64 import in_32_bits
 
@@ -150,7 +150,7 @@ def step_batch(
     done = after.terminated | after.truncated
     # most steps end no episode, and a reset costs more than many a step; vmapped over seeds, where
     # the predicate is batched, both sides run. The keys go in as words: no key may be selected.
-    fresh_state, fresh_obs = jax.lax.cond(
+    fresh_state, fresh_obs = loops.cond(
         jnp.any(done if batch.ended is None else batch.ended),
         lambda words: _fresh(env, batch.pool, jax.random.wrap_key_data(words, impl=impl)),
         lambda words: (batch.env, batch.obs),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax import prng
+from mbrl_jax import loops, prng
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
 from mbrl_jax.envs.env import BatchState, Env, reset_batch, step_batch
 from mbrl_jax.runtime import devices
@@ -46,14 +46,14 @@ class RunState(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """Sums over a period, reduced inside the scan so that memory does not grow with it."""
+    """Sums over the steps of each environment, [N] float32; those over N come after a period."""
 
-    finished: jax.Array  # float32 number of episodes that ended
-    returns: jax.Array  # float32 sum of their returns
-    lengths: jax.Array  # float32 sum of their lengths
-    reward: jax.Array  # float32 sum of all rewards
-    nonfinite: jax.Array  # float32 number of steps with a reward or observation that is not finite
-    outside: jax.Array  # float32 number of actions outside the bounds, or no action's number
+    finished: jax.Array  # number of episodes that ended
+    returns: jax.Array  # sum of their returns
+    lengths: jax.Array  # sum of their lengths
+    reward: jax.Array  # sum of all rewards
+    nonfinite: jax.Array  # number of steps with a reward or observation that is not finite
+    outside: jax.Array  # number of actions outside the bounds, or no action's number
 
 
 class Program(NamedTuple):
@@ -269,7 +269,7 @@ def _fill(
 def _train_period(
     agent: Agent, env: Env, plan: Plan, run: RunState, index: jax.Array
 ) -> tuple[RunState, Episodes, Metrics]:
-    """All updates of the period number `index`; metrics are means over updates."""
+    """All updates of the period number `index`; episodes [], metrics are means over updates."""
     period_key = jax.random.fold_in(run.train_key, index)
     first_step = plan.start + index * plan.steps_per_period
     first_update = index * plan.updates
@@ -287,9 +287,7 @@ def _train_period(
             run, ended = env_step(agent, env, run, act_key, env_key, start + i, "train")
             return (run, jax.tree.map(jnp.add, episodes, ended)), None
 
-        (run, episodes), _ = jax.lax.scan(
-            one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32)
-        )
+        (run, episodes), _ = loops.scan(one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32))
         update_key = prng.fold_in(period_key, stream[None] + 2 * spu)[0]
         n = first_update + number
         learner, metrics = agent.update(run.agent, update_key, start + spu - 1, n)
@@ -298,9 +296,10 @@ def _train_period(
 
     shapes = jax.eval_shape(agent.update, run.agent, period_key, first_step, first_update)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    episodes = Episodes(*(jnp.float32(0),) * len(Episodes._fields))
+    episodes = Episodes(*(jnp.zeros(plan.num_envs),) * len(Episodes._fields))
     numbers = jnp.arange(plan.updates, dtype=jnp.int32)
-    (run, episodes, sums), _ = jax.lax.scan(one_update, (run, episodes, zeros), numbers)
+    (run, episodes, sums), _ = loops.scan(one_update, (run, episodes, zeros), numbers)
+    episodes = jax.tree.map(jnp.sum, episodes)
     return run, episodes, jax.tree.map(lambda x: x / plan.updates, sums)
 
 
@@ -320,12 +319,12 @@ def _count(spec: EnvSpec, run: RunState, step: Step) -> tuple[jax.Array, jax.Arr
     inside = (step.action >= low) & (step.action <= high)
     inside = jnp.all(inside.reshape(done.shape[0], -1), axis=-1)
     ended = Episodes(
-        jnp.sum(done.astype(jnp.float32)),
-        jnp.sum(jnp.where(done, returns, 0.0)),
-        jnp.sum(jnp.where(done, lengths, 0).astype(jnp.float32)),
-        jnp.sum(step.reward),
-        jnp.sum((~finite).astype(jnp.float32)),
-        jnp.sum((~inside).astype(jnp.float32)),
+        done.astype(jnp.float32),
+        jnp.where(done, returns, 0.0),
+        jnp.where(done, lengths, 0).astype(jnp.float32),
+        step.reward,
+        (~finite).astype(jnp.float32),
+        (~inside).astype(jnp.float32),
     )
     return jnp.where(done, 0.0, returns), jnp.where(done, 0, lengths), ended
 
