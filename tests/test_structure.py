@@ -35,7 +35,16 @@ MAY_IMPORT = {
     "planning": {"x64", "types", "prng", "data", "nn", "models"},
     "envs": {"x64", "lazy", "types", "prng", "loops"},
     "agents": {
-        "x64", "lazy", "types", "prng", "loops", "data", "nn", "models", "search", "planning",
+        "x64",
+        "lazy",
+        "types",
+        "prng",
+        "loops",
+        "data",
+        "nn",
+        "models",
+        "search",
+        "planning",
     },  # fmt: skip
     "runtime": {
         "x64",

@@ -137,7 +137,7 @@ def values_of(q: jax.Array, action: jax.Array) -> jax.Array:
 
     A sum of one term, since the gradient of a gather is a scatter: two more kernels.
     """
-    chosen = jnp.arange(q.shape[-1], dtype=action.dtype) == action[:, None]
+    chosen = jnp.arange(q.shape[-1], dtype=action.dtype)[None] == action[:, None]
     return jnp.sum(jnp.where(chosen, q, 0.0), axis=-1)
 
 
