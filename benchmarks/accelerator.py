@@ -42,6 +42,8 @@ RUNS = Path("runs", "accelerator")
 GRACE = 10.0
 """Seconds between the request to stop and the kill."""
 SMOKE_SECONDS = 600.0
+ON_CPU = {"JAX_PLATFORMS": "cpu"}
+"""The environment of a smoke run."""
 STOP_EARLY = 90.0
 """Seconds before its limit at which a run that saves itself is asked to stop."""
 DESCRIBE = """
@@ -60,15 +62,15 @@ class State(NamedTuple):
     text: str
 
 
-def machine(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def machine(smoke: bool = False) -> dict[str, Any]:
     """Backend, device and versions, as another process sees them: this one takes no device."""
-    variables = {**os.environ, **(environment or {})}
+    variables = {**os.environ, **(ON_CPU if smoke else {})}
     done = subprocess.run(
         [sys.executable, "-c", DESCRIBE], capture_output=True, text=True, cwd=ROOT, env=variables
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SystemExit(f"error: JAX does not start here: {last}")
+        raise SystemExit(f"error: this machine cannot be described: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -144,7 +146,6 @@ def run(
     seconds: float,
     results: Path,
     described: Mapping[str, Any],
-    environment: Mapping[str, str],
     smoke: bool = False,
 ) -> dict[str, Any]:
     """Runs a job and writes its record as it goes.
@@ -154,7 +155,6 @@ def run(
       seconds: after which it is killed.
       results: folder of the record.
       described: from `machine`.
-      environment: variables on top of this process's and under those of the job.
       smoke: at toy size.
 
     Returns:
@@ -162,7 +162,9 @@ def run(
     """
     results.mkdir(parents=True, exist_ok=True)
     words = command(job, seconds, results / "runs" if smoke else RUNS, smoke)
-    own = {} if smoke else dict(job.environment)
+    own = dict(ON_CPU if smoke else job.environment)
+    if flags := os.environ.get("XLA_FLAGS"):  # the user's win
+        own["XLA_FLAGS"] = f"{own.get('XLA_FLAGS', '')} {flags}".strip()
     whole, unfinished = (results / f"{job.name}{end}.json" for end in ("", ".unfinished"))
     about: dict[str, Any] = {
         "name": job.name, "measures": job.measures, "state": "running",
@@ -202,7 +204,7 @@ def run(
             process = subprocess.Popen(
                 [sys.executable, *words, "--out", folder], cwd=ROOT, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **environment, **own},
+                env={**os.environ, **own},
             )  # fmt: skip
             seen = -1
             try:
@@ -240,11 +242,7 @@ def ending(about: Mapping[str, Any], results: Path) -> str:
 
 
 def queue(
-    waiting: Sequence[Job],
-    minutes: float,
-    results: Path,
-    described: Mapping[str, Any],
-    environment: Mapping[str, str],
+    waiting: Sequence[Job], minutes: float, results: Path, described: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Runs jobs in order as long as one fits into the minutes; -> the `job` part of each record."""
     until, waiting = time.monotonic() + 60 * minutes, list(waiting)
@@ -255,7 +253,7 @@ def queue(
         print(f"start {job.name}, at most {most:.1f} of {left:.1f} minutes: {job.measures}",
               flush=True)  # fmt: skip
         # what ends a process takes a while, too
-        about = run(job, max(60 * most - GRACE, 1.0), results, described, environment)
+        about = run(job, max(60 * most - GRACE, 1.0), results, described)
         print(ending(about, results), flush=True)
         yield about
     left = max(until - time.monotonic(), 0.0) / 60
@@ -265,10 +263,9 @@ def queue(
 
 def smoke(jobs: Sequence[Job], results: Path) -> list[dict[str, Any]]:
     """Runs jobs at toy size on the CPU, one after another."""
-    environment = {"JAX_PLATFORMS": "cpu"}
-    described, ended = machine(environment), []
+    described, ended = machine(smoke=True), []
     for job in jobs:
-        about = run(job, SMOKE_SECONDS, results, described, environment, smoke=True)
+        about = run(job, SMOKE_SECONDS, results, described, smoke=True)
         print(ending(about, results), flush=True)
         ended.append(about)
     return ended
@@ -323,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    ended = list(queue(waiting, args.minutes, out, described, {}))
+    ended = list(queue(waiting, args.minutes, out, described))
     failed = [about["name"] for about in ended if about["state"] == "failed"]
     print(f"{len(ended)} ran, {len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}")
     return int(bool(failed))

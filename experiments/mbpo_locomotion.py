@@ -139,6 +139,7 @@ def main(options: Options) -> int:
     finally:
         if timer is not None:
             timer.cancel()
+            timer.join()
         ended.set()
         writer.join()
         save(path, folder, fixed)

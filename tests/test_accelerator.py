@@ -1,5 +1,6 @@
 """The queue of device jobs: what is due, what fits, and that no job takes others along."""
 
+import functools
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ def accelerator(monkeypatch):
     other = sys.modules.pop("common", None)
     module = importlib.import_module("accelerator")
     monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     yield module
     sys.modules.pop("common", None)
     if other is not None:
@@ -131,7 +133,7 @@ def test_a_job_is_due_when_missing_or_older_than_its_code(accelerator, tmp_path,
     results = tmp_path / "results" / "accelerator"
     job = make_job(accelerator, tmp_path, "good", GOOD)
     assert accelerator.state(job, results) == ("missing", "missing")
-    about = accelerator.run(job, 60.0, results, MACHINE, {})
+    about = accelerator.run(job, 60.0, results, MACHINE)
     assert (about["state"], about["exit"], about["rows"]) == ("done", 0, 2)
     stored = read(results / "good.json")
     assert stored["record"] == {"rows": [1, 2]}
@@ -147,7 +149,7 @@ def test_a_job_is_due_when_missing_or_older_than_its_code(accelerator, tmp_path,
     assert found == ("stale", f"older than its code (measured {day} on 1 x a GPU)")
     # a failure with the new code, beside a good record of the old one
     fails = make_job(accelerator, tmp_path, "good", FAILS, code=other.code)
-    accelerator.run(fails, 60.0, results, MACHINE, {})
+    accelerator.run(fails, 60.0, results, MACHINE)
     assert accelerator.state(other, results) == ("failed", f"failed {day} on 1 x a GPU, 1 row")
     assert read(results / "good.json") == stored
     assert accelerator.state(job, results) == measured
@@ -176,7 +178,7 @@ def test_a_job_that_hangs_or_fails_does_not_stop_the_queue(accelerator, tmp_path
         make_job(accelerator, tmp_path, "long", GOOD, minutes=100.0),
         make_job(accelerator, tmp_path, "good", GOOD),
     ]
-    ended = list(accelerator.queue(jobs, 3.0, tmp_path, MACHINE, {}))
+    ended = list(accelerator.queue(jobs, 3.0, tmp_path, MACHINE))
     states = {about["name"]: about["state"] for about in ended}
     assert states == {"hangs": "cut", "fails": "failed", "silent": "failed", "good": "done"}
     assert dies(int(pid.read_text()))
@@ -196,19 +198,32 @@ def test_a_job_that_hangs_or_fails_does_not_stop_the_queue(accelerator, tmp_path
     assert said[-1].startswith("1 jobs wait, none of which fits")
     # the next attempt ends well, and takes the place of the one that did not
     mended = make_job(accelerator, tmp_path, "fails", GOOD)
-    accelerator.run(mended, 60.0, tmp_path, MACHINE, {})
+    accelerator.run(mended, 60.0, tmp_path, MACHINE)
     assert (tmp_path / "fails.json").exists()
     assert not (tmp_path / "fails.unfinished.json").exists()
+
+
+def test_a_job_runs_with_its_variables_and_the_flags_of_the_user(
+    accelerator, tmp_path, monkeypatch
+):
+    body = "write([os.environ['XLA_FLAGS'], os.environ['SIZE']])\n"
+    own = {"XLA_FLAGS": "--own=1", "SIZE": "2"}
+    job = make_job(accelerator, tmp_path, "flags", body, environment=own)
+    monkeypatch.setenv("XLA_FLAGS", "--users=3 --own=4")
+    about = accelerator.run(job, 60.0, tmp_path, MACHINE)
+    assert read(tmp_path / "flags.json")["record"]["rows"] == ["--own=1 --users=3 --own=4", "2"]
+    wanted = f"XLA_FLAGS='--own=1 --users=3 --own=4' SIZE='2' python {job.script}"
+    assert about["command"] == wanted
 
 
 def test_fewer_rows_of_the_same_code_do_not_replace_more(accelerator, tmp_path):
     stop = "write(list(range({n})))\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
     for n, rows in ((5, 5), (2, 5), (7, 7)):
         job = make_job(accelerator, tmp_path, "cut", stop.format(n=n))
-        assert accelerator.run(job, 60.0, tmp_path, MACHINE, {})["state"] == "cut"
+        assert accelerator.run(job, 60.0, tmp_path, MACHINE)["state"] == "cut"
         assert len(read(tmp_path / "cut.unfinished.json")["record"]["rows"]) == rows
     job = make_job(accelerator, tmp_path, "cut", stop.format(n=1), code=("mbrl_jax/lazy.py",))
-    accelerator.run(job, 60.0, tmp_path, MACHINE, {})
+    accelerator.run(job, 60.0, tmp_path, MACHINE)
     assert len(read(tmp_path / "cut.unfinished.json")["record"]["rows"]) == 1
 
 
@@ -241,7 +256,7 @@ def test_records_are_whole_at_any_time(accelerator, tmp_path):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    accelerator.run(job, 60.0, tmp_path, MACHINE, {})
+    accelerator.run(job, 60.0, tmp_path, MACHINE)
     time.sleep(0.2)
     ended.set()
     watcher.join()
@@ -261,7 +276,7 @@ def test_a_signal_to_the_queue_ends_its_job_and_keeps_the_rows(accelerator, tmp_
     signal.setitimer(signal.ITIMER_REAL, 2.5)
     try:
         with pytest.raises(SystemExit):
-            accelerator.run(job, 60.0, tmp_path, MACHINE, {})
+            accelerator.run(job, 60.0, tmp_path, MACHINE)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -270,26 +285,22 @@ def test_a_signal_to_the_queue_ends_its_job_and_keeps_the_rows(accelerator, tmp_
     assert (stored["job"]["state"], stored["record"]) == ("cut", {"rows": [1, 2, 3]})
 
 
-def said(*options):
-    script = [sys.executable, str(BENCHMARKS / "accelerator.py"), *options]
-    return subprocess.run(
-        script, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def test_the_list_names_every_job_and_no_run_starts_without_an_accelerator(accelerator, tmp_path):
-    done = said("--list", "--out", str(tmp_path / "accelerator"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("no accelerator here; ")
-    names = re.findall(r"^\| \d+ \| (\w+) \|", done.stdout, re.MULTILINE)
+def test_the_list_names_every_job_and_no_run_starts_without_an_accelerator(
+    accelerator, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(accelerator, "machine", functools.cache(accelerator.machine))
+    out = tmp_path / "accelerator"
+    assert accelerator.main(["--list", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("no accelerator here; ")
+    names = re.findall(r"^\| \d+ \| (\w+) \|", shown, re.MULTILINE)
     assert names == [job.name for job in accelerator.JOBS]
-    assert done.stdout.count("| missing") == len(names)
-    done = said("--minutes", "5", "--out", str(tmp_path / "accelerator"))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "no accelerator" in done.stderr
-    assert not (tmp_path / "accelerator").exists()
+    assert shown.count("| missing") == len(names)
+    assert accelerator.main(["--minutes", "5", "--out", str(out)]) == 2
+    refused = capsys.readouterr()
+    assert (refused.out, len(refused.err.splitlines())) == ("", 1)
+    assert "no accelerator" in refused.err
+    assert not out.exists()
 
 
 def test_bad_options_are_refused(accelerator, capsys):
@@ -345,7 +356,11 @@ def test_the_scripts_take_the_options_of_every_job(accelerator, monkeypatch, tmp
 
 
 def smoke(tmp_path, *names):
-    done = said("--smoke", "--out", str(tmp_path), *names)
+    script = [sys.executable, str(BENCHMARKS / "accelerator.py"), "--smoke"]
+    done = subprocess.run(
+        [*script, "--out", str(tmp_path), *names], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -356,7 +371,9 @@ def test_a_job_runs_at_toy_size_on_the_cpu(tmp_path):
     stored = read(tmp_path / "search_gumbel_trivial.json")
     assert stored["record"]["rows"][0]["same_visits"] == 1
     assert stored["job"]["machine"]["backend"] == "cpu"
-    assert shlex.split(stored["job"]["command"])[:2] == ["python", "benchmarks/bench_search.py"]
+    assert (stored["record"]["seeds"], stored["record"]["levels"]) == ([], [])
+    words = [word for word in shlex.split(stored["job"]["command"]) if "=" not in word]
+    assert words[:2] == ["python", "benchmarks/bench_search.py"]
 
 
 @pytest.mark.slow
