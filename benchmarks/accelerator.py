@@ -262,13 +262,22 @@ def queue(
 
 
 def smoke(jobs: Sequence[Job], results: Path) -> list[dict[str, Any]]:
-    """Runs jobs at toy size on the CPU, one after another."""
-    described, ended = machine(smoke=True), []
+    """Runs jobs at toy size on the CPU, one after another; what is the same toy runs once."""
+    described = machine(smoke=True)
+    ended: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
-        about = run(job, SMOKE_SECONDS, results, described, smoke=True)
-        print(ending(about, results), flush=True)
-        ended.append(about)
-    return ended
+        toy = (job.script, job.toy)
+        if toy in ended:
+            print(f"{ended[toy]['state']} {job.name}: the same toy as {ended[toy]['name']}")
+            continue
+        ended[toy] = run(job, SMOKE_SECONDS, results, described, smoke=True)
+        print(ending(ended[toy], results), flush=True)
+    return list(ended.values())
+
+
+def stop(signum: int, frame: Any) -> None:
+    """Handles a signal to the queue, which must not leave its job running."""
+    raise SystemExit(128 + signum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these jobs, measured or not")
     parser.add_argument("--out", type=Path, help="folder of the records")
     args = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     names = {job.name: job for job in JOBS}
     if unknown := [name for name in args.only or () if name not in names]:
         parser.error(f"--only {' '.join(unknown)}: no such job; --list shows them")
@@ -314,12 +325,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             waiting.remove(job)
             print(f"skip {job.name}: needs the extra {job.extra}, {', '.join(missing)} not "
                   "installed", flush=True)  # fmt: skip
-
-    def stop(signum: int, frame: Any) -> None:
-        raise SystemExit(128 + signum)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     ended = list(queue(waiting, args.minutes, out, described))
     failed = [about["name"] for about in ended if about["state"] == "failed"]
     print(f"{len(ended)} ran, {len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}")

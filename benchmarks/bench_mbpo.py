@@ -95,7 +95,7 @@ def drift(num_obs: int, num_actions: int) -> Env:
 
 def config(size: dict[str, Any]) -> Any:
     memory = {"buffer_size": size["warmup"] + size["steps"], "warmup_steps": size["warmup"]}
-    if "period" not in size:
+    if "model_hidden" not in size:
         return AGENTS["mbpo"].config_for(size["env"], **memory)
     hidden = (size["sac_hidden"],) * 2
     return AGENTS["mbpo"].config_for(

@@ -28,7 +28,10 @@ def accelerator(monkeypatch):
     module = importlib.import_module("accelerator")
     monkeypatch.setattr(module, "GRACE", 0.5)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield module
+    for number, handler in handlers.items():  # `main` sets its own
+        signal.signal(number, handler)
     sys.modules.pop("common", None)
     if other is not None:
         sys.modules["common"] = other
@@ -269,10 +272,7 @@ def test_a_signal_to_the_queue_ends_its_job_and_keeps_the_rows(accelerator, tmp_
     pid = tmp_path / "pid"
     job = make_job(accelerator, tmp_path, "hangs", HANGS.format(pid=str(pid)))
 
-    def stop(signum, frame):
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, accelerator.stop)
     signal.setitimer(signal.ITIMER_REAL, 2.5)
     try:
         with pytest.raises(SystemExit):
@@ -283,6 +283,26 @@ def test_a_signal_to_the_queue_ends_its_job_and_keeps_the_rows(accelerator, tmp_
     assert dies(int(pid.read_text()))
     stored = read(tmp_path / "hangs.unfinished.json")
     assert (stored["job"]["state"], stored["record"]) == ("cut", {"rows": [1, 2, 3]})
+
+
+def test_a_signal_reaches_the_job_in_every_mode(accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "smoke", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        accelerator.main(["--smoke", "--out", str(tmp_path)])
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_toy_of_several_jobs_runs_once(accelerator, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "machine", lambda smoke: MACHINE)
+    body = "write([os.environ['JAX_PLATFORMS'], *sys.argv[1:-2]])\n"
+    one = make_job(accelerator, tmp_path, "one", body)._replace(options="--full", toy="--toy 1")
+    two = one._replace(name="two", toy="--toy 2")
+    three = one._replace(name="three", options="--other")
+    ended = accelerator.smoke([one, two, three], tmp_path)
+    assert [about["name"] for about in ended] == ["one", "two"]
+    assert read(tmp_path / "one.json")["record"]["rows"] == ["cpu", "--toy", "1"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == "done three: the same toy as one"
 
 
 def test_the_list_names_every_job_and_no_run_starts_without_an_accelerator(

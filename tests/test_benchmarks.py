@@ -13,6 +13,7 @@ import pytest
 
 from mbrl_jax import AGENTS, envs, make_env, make_train
 from mbrl_jax.models import tabular
+from mbrl_jax.runtime.logs import config_fields
 from mbrl_jax.runtime.train import make_job
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -298,6 +299,18 @@ def test_bench_mbpo_tells_the_whole_and_its_parts(tmp_path):
 )
 def test_mbrl_libs_mbpo_takes_part(tmp_path):
     assert run_bench_mbpo(tmp_path)["ratio"] > 0
+
+
+def test_the_robot_of_bench_mbpo_has_the_settings_of_the_preset(benchmark):
+    bench_mbpo = benchmark("bench_mbpo")
+    size = bench_mbpo.PAPER["HalfCheetah-v5"]
+    found, preset = (
+        config_fields(config)
+        for config in (bench_mbpo.config(size), AGENTS["mbpo"].config_for("HalfCheetah-v5"))
+    )
+    # the replay holds the steps that are measured, and no more
+    assert found == {**preset, "buffer_size": size["warmup"] + size["steps"]}
+    assert size["steps"] % found["model_period"] == 0
 
 
 WORKER = """
