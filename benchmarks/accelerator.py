@@ -75,7 +75,17 @@ def machine(smoke: bool = False) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """A record, None where there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise SystemExit(f"error: {path} is damaged ({error}); mend or remove it") from None
+
+
+def written(folder: str) -> dict[str, Any]:
+    """What a script has written so far into the folder of its record."""
+    found = sorted(Path(folder).glob("*.json"))
+    return json.loads(found[0].read_text()) if found else {}
 
 
 def num_rows(record: Mapping[str, Any]) -> int:
@@ -97,14 +107,13 @@ def state(job: Job, results: Path = RESULTS) -> State:
     earlier = read(results.parent / job.earlier) if job.earlier else None
     for old in (measured, tried, earlier):
         if old is not None:
-            made = old if "job" in old else {"job": {"date": old["made"]["date"],
-                                                     "machine": old["made"]}}  # fmt: skip
-            return State("stale", f"older than its code (measured {_when(made)})")
+            return State("stale", f"older than its code ({_when(old)})")
     return State("missing", "missing")
 
 
 def _when(result: Mapping[str, Any]) -> str:
-    return f"{result['job']['date']} on {result['job']['machine']['device']}"
+    made = result["job"] | result["job"]["machine"] if "job" in result else result["made"]
+    return f"{made['date']} on {made['device']}"
 
 
 def table(jobs: Sequence[Job], results: Path = RESULTS) -> str:
@@ -181,17 +190,13 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "output.txt")
 
-        def record() -> dict[str, Any]:
-            found = sorted(Path(folder).glob("*.json"))
-            return json.loads(found[0].read_text()) if found else {}
-
         def publish(state: str, code: int | None = None) -> None:
-            found = record()
+            found = written(folder)
             if state == "done" and not num_rows(found):
                 state = "failed"
             took = round(time.monotonic() - started, 1)
             about.update(state=state, exit=code, seconds=took, rows=num_rows(found))
-            if state == "failed":
+            if state in ("cut", "failed"):
                 about["output_tail"] = log.read_text(errors="replace")[-2_000:]
             text = json.dumps({"job": about, "record": found}, indent=1) + "\n"
             if state == "done":
@@ -212,8 +217,8 @@ def run(
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(min(left, 1.0))
                         break
-                    if num_rows(record()) != seen:
-                        seen = num_rows(record())
+                    if (rows := num_rows(written(folder))) != seen:
+                        seen = rows
                         publish("running")
                 ended = process.poll()
             except BaseException:
@@ -298,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes:g}: expected a number above 0")
     if args.smoke:
-        out = args.out or Path(tempfile.mkdtemp(prefix="accelerator_"))
-        if out.resolve().is_relative_to(RESULTS.parent):
+        out = (args.out or Path(tempfile.mkdtemp(prefix="accelerator_"))).resolve()
+        if out.is_relative_to(RESULTS.parent):
             parser.error(f"--out {out}: holds committed results; a smoke run takes another folder")
         ended = smoke([job for job in JOBS if not args.only or job.name in args.only], out)
         return int(any(about["state"] != "done" for about in ended))

@@ -149,7 +149,7 @@ def test_a_job_is_due_when_missing_or_older_than_its_code(accelerator, tmp_path,
 
     other = job._replace(code=("mbrl_jax/lazy.py",))
     found = accelerator.state(other, results)
-    assert found == ("stale", f"older than its code (measured {day} on 1 x a GPU)")
+    assert found == ("stale", f"older than its code ({day} on 1 x a GPU)")
     # a failure with the new code, beside a good record of the old one
     fails = make_job(accelerator, tmp_path, "good", FAILS, code=other.code)
     accelerator.run(fails, 60.0, results, MACHINE)
@@ -165,7 +165,7 @@ def test_a_job_is_due_when_missing_or_older_than_its_code(accelerator, tmp_path,
     earlier = {"made": {"date": "2026-11-26", "device": "1 x an old GPU"}, "rows": []}
     (results.parent / "old.json").write_text(json.dumps(earlier))
     job = job._replace(name="another", earlier="old.json")
-    text = "older than its code (measured 2026-11-26 on 1 x an old GPU)"
+    text = "older than its code (2026-11-26 on 1 x an old GPU)"
     assert accelerator.state(job, results) == ("stale", text)
     monkeypatch.setattr(accelerator, "lacking", lambda extra: ["mujoco.mjx"] if extra else [])
     shown = accelerator.table([job._replace(extra="envs")], results)
@@ -321,6 +321,10 @@ def test_the_list_names_every_job_and_no_run_starts_without_an_accelerator(
     assert (refused.out, len(refused.err.splitlines())) == ("", 1)
     assert "no accelerator" in refused.err
     assert not out.exists()
+    out.mkdir()
+    (out / "models.json").write_text("<<<<<<< HEAD")
+    with pytest.raises(SystemExit, match=r"models\.json is damaged .* mend or remove it"):
+        accelerator.main(["--list", "--out", str(out)])
 
 
 def test_bad_options_are_refused(accelerator, capsys):
