@@ -108,6 +108,8 @@ def main(options: Options) -> int:
     label = "preset" if length is None else f"length_{length}"
     folder = options.run or Path("runs", "mbpo_locomotion", f"{options.env}_{label}")
     overrides = dict(QUICK["mbpo"]) if options.quick else {}
+    if options.quick:  # a number for each layer would not fit the tiny network
+        overrides["model"] = {**overrides["model"], "weight_decay": (1e-5,)}
     if length is not None:
         overrides["rollout_length"] = (length, length)
     config = mbrl_jax.AGENTS["mbpo"].config_for(options.env, **overrides)

@@ -1,5 +1,6 @@
 """The record of MBPO's runs on robots: whole, as it comes, and after a stop; runs are played."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 import mbrl_jax
+from mbrl_jax.agents import mbpo
 from mbrl_jax.runtime.logs import MetricsFile
 from mbrl_jax.runtime.train import Stopped
+from mbrl_jax.types import EnvSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import mbpo_locomotion as locomotion
@@ -94,6 +97,17 @@ def test_the_record_grows_while_the_run_does(tmp_path, played, monkeypatch):
     assert seen[-1] == 30
     stored = json.loads((tmp_path / "mbpo_HalfCheetah-v5_length_20.json").read_text())
     assert stored["made"]["settings"]["config"]["rollout_length"] == [20, 20]
+
+
+def test_the_tiny_networks_fit_every_preset(tmp_path, played):
+    for env in ("HalfCheetah-v5", "Hopper-v5", "Pendulum-v1"):
+        assert locomotion.main(locomotion.Options(env, 2_500, quick=True, out=tmp_path,
+                                                  run=tmp_path / env)) == 0  # fmt: skip
+        names = {field.name for field in dataclasses.fields(mbpo.Config)}
+        fields = {name: value for name, value in played[-1].items() if name in names}
+        ends = EnvSpec("", (3,), "float32", 9, action_low=(-1.0,), action_high=(1.0,),
+                       termination_fn=lambda obs, act, after: after[..., 0] > 0)  # fmt: skip
+        mbpo.models(mbrl_jax.AGENTS["mbpo"].config_for(env, **fields), ends)
 
 
 def test_a_curve_leaves_out_what_is_being_written(tmp_path):
