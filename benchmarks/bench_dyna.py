@@ -29,7 +29,17 @@ from typing import Any
 import jax
 import numpy as np
 import peer_dyna
-from common import Record, alternate, line, markdown, options, ratio_text, ratios, start_jax
+from common import (
+    Record,
+    alternate,
+    line,
+    markdown,
+    options,
+    ratio_text,
+    ratios,
+    seed_modes,
+    start_jax,
+)
 from peer_dyna import ALPHA, EPSILON, GAMMA
 
 # environment steps of numpy rows, of Python lists, and of each seed of ours and of numba
@@ -61,8 +71,9 @@ def compiled(env: Any, n: int, seeds: int, steps: int, mode: str) -> Callable[[]
 
 def fastest(env: Any, n: int, seeds: int, steps: int) -> tuple[str, Callable[[], None]]:
     """Our faster way to run so many seeds, and its name."""
-    modes = ("map",) if seeds == 1 else ("map", "vmap")
-    ways = {mode: compiled(env, n, seeds, steps, mode) for mode in modes}
+    ways = {mode: compiled(env, n, seeds, steps, mode) for mode in seed_modes(seeds)}
+    if len(ways) == 1:
+        return next(iter(ways.items()))
     mode = min(ways, key=lambda mode: min(seconds(ways[mode]) for _ in range(2)))
     return mode, ways[mode]
 
@@ -90,7 +101,8 @@ def rows_of(env: Any, n: int, seeds: list[int], devices: int, args: Any) -> list
             sides[name] = (many, cores, each, run)
     peers = list(sides)
     for count in seeds:
-        cores = devices if count % devices == 0 else 1
+        # an accelerator's kernels are started by one core
+        cores = jax.device_count() if count % jax.device_count() == 0 else 1
         mode, run = fastest(env, n, count, each)
         sides[f"mbrl_jax, {mode}, {count}"] = (count, cores, each, run)
     times = alternate({name: partial(seconds, side[3]) for name, side in sides.items()},

@@ -6,12 +6,14 @@ Two sizes on equal settings, the same networks, batches, epochs, rollouts and up
   elites), policy and critics 2 x 64, 20 updates a step.
 - HalfCheetah: 17 observations and 6 actions that drift linearly (so that the environment costs
   nothing), model 4 x 200 with 7 members, policy and critics 2 x 256, 40 updates a step.
+- HalfCheetah-v5, only where --sizes names it: the robot itself (extra `envs`) and the preset, whose
+  settings are the paper's, trained until the model stops getting better; ours alone.
 
 The model is trained every `period` steps for the same number of passes, without early stopping. The
 clock runs over as many steps, updates and trainings on both sides, from the first step with a model
 to the end; neither side is evaluated, and our compilation is told apart. The sides alternate; the
 ratio is the median of the pairs'. Several seeds are one run of ours (one after another on each CPU
-device) against as many of theirs in turn.
+device, in one batch on an accelerator) against as many of theirs in turn.
 
 The parts are functions of ours alone, compiled and timed by themselves and multiplied by how often
 1,000 steps call them.
@@ -59,6 +61,10 @@ SIZES = {
 }  # fmt: skip
 
 
+PAPER = {"HalfCheetah-v5": {"env": "HalfCheetah-v5", "steps": 500, "warmup": 5_000}}
+"""Sizes of a preset, which has the rest."""
+
+
 def world(size: dict[str, Any]) -> Env:
     return drift(*size["shape"]) if size["env"] == "linear" else make_env(size["env"])
 
@@ -88,6 +94,9 @@ def drift(num_obs: int, num_actions: int) -> Env:
 
 
 def config(size: dict[str, Any]) -> Any:
+    memory = {"buffer_size": size["warmup"] + size["steps"], "warmup_steps": size["warmup"]}
+    if "model_hidden" not in size:
+        return AGENTS["mbpo"].config_for(size["env"], **memory)
     hidden = (size["sac_hidden"],) * 2
     return AGENTS["mbpo"].config_for(
         "",
@@ -102,8 +111,7 @@ def config(size: dict[str, Any]) -> Any:
         sac={"hidden": hidden, "critic_hidden": hidden},
         num_members=size["members"], num_elites=size["elites"], model_period=size["period"],
         rollouts_per_step=size["rollouts"], retained=max(size["steps"] // size["period"], 1),
-        real_ratio=size["real_ratio"], batch_size=size["batch"], updates=size["updates"],
-        buffer_size=size["warmup"] + size["steps"], warmup_steps=size["warmup"],
+        real_ratio=size["real_ratio"], batch_size=size["batch"], updates=size["updates"], **memory,
     )  # fmt: skip
 
 
@@ -113,8 +121,9 @@ def whole(size: dict[str, Any], seeds: int) -> tuple[Callable[[], float], float]
     total = size["warmup"] + size["steps"]
     program = make_program(agent, env, cfg, total, size["steps"], 0)
     mesh = devices.seed_mesh(seeds)
-    init = jax.jit(devices.over_seeds(program.init, mesh, "map", shared=1))
-    period = jax.jit(devices.over_seeds(program.period, mesh, "map", shared=2))
+    mode = devices.seed_mode("auto", jax.eval_shape(program.init, jax.random.key(0), cfg).agent)
+    init = jax.jit(devices.over_seeds(program.init, mesh, mode, shared=1))
+    period = jax.jit(devices.over_seeds(program.period, mesh, mode, shared=2))
     keys = devices.put_seeds(jax.random.split(jax.random.key(0), seeds), mesh)
     run = jax.block_until_ready(init(keys, cfg))
     compile_s, ready = timed(lambda: period.lower(run, cfg, jnp.int32(0)).compile())
@@ -180,7 +189,7 @@ def parts(size: dict[str, Any], repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = options(__doc__, "no-peers", "quick", repeats=3)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=[*SIZES, *PAPER])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4])
     args = parser.parse_args()
     start_jax(2)
@@ -191,7 +200,7 @@ def main() -> None:
     with_peer = not args.no_peers and peer_process.has(folder, MBRL_LIB)
     record = Record(args, "bench_mbpo", versions=MBRL_LIB)
     for name in args.sizes:
-        size = SIZES[name]
+        size = {**SIZES, **PAPER}[name]
         if args.quick:
             size = {**size, "steps": 8, "period": 4, "warmup": 300, "epochs": 1, "updates": 1}
         split = parts(size, args.repeats)
@@ -199,7 +208,7 @@ def main() -> None:
             run, compile_s = whole(size, seeds)
             run()
             peer = None
-            if with_peer:
+            if with_peer and name in SIZES:
                 peer = Peer(
                     peer_process.interpreter(folder), HERE / "peer_mbpo.py", env=size["env"],
                     shape=size["shape"], steps=size["steps"], settings=size,

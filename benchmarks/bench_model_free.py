@@ -67,6 +67,7 @@ from common import (
     options,
     ratio_text,
     ratios,
+    seed_modes,
     start_jax,
     timed,
 )
@@ -129,7 +130,7 @@ def check(cell: Cell, side: str, done: Any, wanted: Any) -> None:
 def whole_run(cell: Cell, seeds: int, args: argparse.Namespace, python: Path | None) -> list[dict]:
     """The rows of a cell with so many seeds: one for each of rejax's ways to draw."""
     steps = cell.total_steps(seeds, args.quick)
-    modes = ("map",) if seeds == 1 or args.quick else ("map", "vmap")
+    modes = seed_modes(seeds, args.quick)
     ways = [ours(cell, seeds, steps, mode) for mode in modes]
     tried = [way.run() for way in ways]
     mine = ways[tried.index(min(tried))]
@@ -243,7 +244,7 @@ def geometric_means(rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = options(__doc__, "no-peers", "quick")
+    parser = options(__doc__, "no-peers", "no-install", "quick")
     parser.add_argument("--agents", nargs="+", default=["dqn", "ppo", "sac"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--devices", type=int, default=os.cpu_count() or 1)
@@ -255,13 +256,17 @@ def main() -> None:
     chosen = [cell for cell in CELLS if cell.agent in args.agents]
     if args.quick:
         chosen = [next(cell for cell in chosen if cell.agent == agent) for agent in args.agents]
-    elif not args.no_peers:
+    elif not args.no_peers and not args.no_install:
         peer_process.provide(args.peer_venv, versions, "gymnax<1.0")
     python = None
     if not args.no_peers and peer_process.has(args.peer_venv, versions):
         python = peer_process.interpreter(args.peer_venv)
 
     record = Record(args, "bench_model_free", devices=args.devices)
+    if not args.no_peers and python is None:
+        why = f"rejax is left out: no {args.peer_venv.name} with rejax {REJAX} and this JAX"
+        record.data["left_out"] = why
+        print(why)
     for cell in chosen:
         for seeds in args.seeds:
             for row in whole_run(cell, seeds, args, python):
@@ -274,7 +279,8 @@ def main() -> None:
         means = [f"{name} {mean:.2f}" for name, mean in record.data["geometric_means"].items()]
         print(f"\ngeometric means of the ratios: {'; '.join(means)}")
     wide = next(cell for cell in CELLS if cell.name == "sac 256 x 256")
-    if "sac" in args.agents and not args.no_peers:
+    # PyTorch's side runs on the CPU
+    if "sac" in args.agents and not args.no_peers and jax.default_backend() == "cpu":
         if importlib.util.find_spec("torch"):
             record.add(updates_alone(wide, args), "torch")
             print("\n" + table(record.data["torch"], "PyTorch"))

@@ -61,6 +61,8 @@ LEAST_SECONDS = 0.05
 MANY, MOST_EDGES = 800, 5_000
 """Simulations that an accelerator is asked for too, with `trivial` and so many edges of roots at
 most, beyond which a search of mctx takes minutes."""
+TABLES = ("seeds", "levels", "rows", "many")
+"""What can be measured; `many` are the rows of MANY simulations."""
 alone: Any = contextlib.nullcontext()
 """Held while something is measured: a lock where processes share the machine."""
 
@@ -311,6 +313,7 @@ def main() -> None:
     parser.add_argument("--simulations", type=int, nargs="+", default=[16, 50, 128])
     parser.add_argument("--actions", type=int, nargs="+", default=[4, 18, 82])
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS))
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--name", default="bench_search")
     args = parser.parse_args()
@@ -325,22 +328,21 @@ def main() -> None:
         cell: ("rows", HEADER, cell_cells),
     }
     most = args.simulations[-1]
-    tasks: list[tuple[Any, ...]] = [
-        *((seeds, *names, 32, most, args.repeats)
-          for names in itertools.product(args.policies, args.functions)),
-        *((levels, policy, 32, *sizes)
-          for policy, *sizes in itertools.product(args.policies, args.simulations, args.actions)),
-        *((cell, *sizes, args.repeats) for sizes in itertools.product(
-            args.policies, args.functions, args.batches, args.simulations, args.actions)),
-    ]  # fmt: skip
-    if jax.default_backend() != "cpu" and "trivial" in args.functions:
-        tasks += [
-            (cell, policy, "trivial", batch, MANY, num_actions, args.repeats)
-            for policy, batch, num_actions in itertools.product(
-                args.policies, args.batches, args.actions
-            )
-            if batch * num_actions <= MOST_EDGES
-        ]
+    grid: dict[str, list[tuple[Any, ...]]] = {
+        "seeds": [(seeds, *names, 32, most, args.repeats)
+                  for names in itertools.product(args.policies, args.functions)],
+        "levels": [(levels, policy, 32, *sizes) for policy, *sizes in itertools.product(
+                       args.policies, args.simulations, args.actions)],
+        "rows": [(cell, *sizes, args.repeats) for sizes in itertools.product(
+                     args.policies, args.functions, args.batches, args.simulations, args.actions)],
+        "many": [(cell, policy, "trivial", batch, MANY, num_actions, args.repeats)
+                 for policy, batch, num_actions in itertools.product(
+                     args.policies, args.batches, args.actions)
+                 if batch * num_actions <= MOST_EDGES],
+    }  # fmt: skip
+    if jax.default_backend() == "cpu" or "trivial" not in args.functions:
+        del grid["many"]
+    tasks = [task for name in grid if name in args.tables for task in grid[name]]
     for i, row in rows(tasks, args.processes):
         found[i] = row
         record.data |= {"rows": [], "levels": [], "seeds": []}
@@ -349,7 +351,7 @@ def main() -> None:
         record.write()
         print(line(tables[tasks[i][0]][2](row)), flush=True)
     for name, header, form in tables.values():
-        print(f"\n{markdown(header, map(form, record.data[name]))}")
+        print(f"\n{markdown(header, map(form, record.data.get(name, [])))}")
     print("\n".join(["", *summary(record.data["rows"]), f"\nwritten: {record.path}"]))
 
 

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 FLAGS = {
     "quick": "tiny sizes, to see that it runs; makes no virtual environment",
     "no-peers": "our side alone",
+    "no-install": "makes no virtual environment; peers that are not there are left out",
 }
 
 
@@ -44,6 +45,15 @@ def start_jax(devices: int | None = None) -> None:
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def seed_modes(seeds: int, quick: bool = False) -> tuple[str, ...]:
+    """Our ways to run so many seeds, for a try of each; an accelerator takes them in one batch."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return ("vmap",)
+    return ("map",) if seeds == 1 or quick else ("map", "vmap")
 
 
 def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -126,7 +136,10 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        """Writes the whole record in the place of the one before, which a cut leaves as it is."""
+        from mbrl_jax.runtime.logs import write_whole
+
+        write_whole(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
 def line(cells: Iterable[Any]) -> str:

@@ -16,7 +16,7 @@ class Cell(NamedTuple):
     name: str
     agent: str
     env: str
-    steps: tuple[int, int]  # of each seed: one seed, 16 seeds; more seeds take fewer steps
+    steps: tuple[int, int]  # of each seed: one seed, 16 seeds and more; fewer seeds take more
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "swish"
     num_envs: int = 1
@@ -41,7 +41,8 @@ class Cell(NamedTuple):
     def total_steps(self, seeds: int, quick: bool) -> int:
         """Environment steps of each seed, a whole number of rounds."""
         first = 0 if self.agent == "ppo" else self.warmup_steps
-        steps = self.steps[0] if seeds == 1 else min(self.steps[0], self.steps[1] * 16 // seeds)
+        many = self.steps[1] * 16 // min(seeds, 16)
+        steps = self.steps[0] if seeds == 1 else min(self.steps[0], many)
         block = self.num_envs * self.num_steps
         return first + block * (2 if quick else max(2, (steps - first) // block))
 

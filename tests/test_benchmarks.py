@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from mbrl_jax import AGENTS, envs, make_env, make_train
 from mbrl_jax.models import tabular
+from mbrl_jax.runtime.logs import config_fields
 from mbrl_jax.runtime.train import make_job
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -136,7 +138,7 @@ def test_numba_shares_seeds_out_among_threads(lake, benchmark):
         assert one[1:] == other[1:]
 
 
-def test_sides_are_measured_in_turn(benchmark, tmp_path):
+def test_sides_are_measured_in_turn(benchmark, tmp_path, monkeypatch):
     common, calls = benchmark("common"), []
 
     def side(name, times):
@@ -163,6 +165,15 @@ def test_sides_are_measured_in_turn(benchmark, tmp_path):
     stored = json.loads((tmp_path / "bench.json").read_text())
     assert (stored["rows"], stored["devices"], stored["repeats"]) == ([alone], 2, 5)
     assert {"versions", "device", "date", "command", "load_average"} <= stored["made"].keys()
+    # a row that JSON cannot hold, and a cut before the new record is in its place
+    with pytest.raises(TypeError):
+        record.add({"seconds": object()})
+    record.data["rows"] = [alone] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            record.write()
+    assert json.loads((tmp_path / "bench.json").read_text()) == stored
 
 
 def test_every_benchmark_takes_its_options_from_one_place(benchmark):
@@ -211,6 +222,17 @@ def test_the_cells_of_bench_model_free_are_runs_of_ours(benchmark):
         assert plan.env_steps(plan.periods - 1) == steps, cell.name
         per_round = cell.epochs * cell.minibatches if cell.agent == "ppo" else cell.updates
         assert plan.periods * plan.updates * per_round == cell.num_updates(steps), cell.name
+        # more seeds than 16 take as many steps, or few would come after the warm-up
+        assert cell.total_steps(256, quick=False) == steps, cell.name
+        assert cell.total_steps(1, False) >= cell.total_steps(4, False) >= steps, cell.name
+
+
+def test_an_accelerator_takes_all_seeds_in_one_batch(benchmark, monkeypatch):
+    common = benchmark("common")
+    assert [common.seed_modes(n) for n in (1, 4)] == [("map",), ("map", "vmap")]
+    assert common.seed_modes(4, quick=True) == ("map",)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [common.seed_modes(n) for n in (1, 4)] == [("vmap",)] * 2
 
 
 @pytest.mark.slow
@@ -277,6 +299,18 @@ def test_bench_mbpo_tells_the_whole_and_its_parts(tmp_path):
 )
 def test_mbrl_libs_mbpo_takes_part(tmp_path):
     assert run_bench_mbpo(tmp_path)["ratio"] > 0
+
+
+def test_the_robot_of_bench_mbpo_has_the_settings_of_the_preset(benchmark):
+    bench_mbpo = benchmark("bench_mbpo")
+    size = bench_mbpo.PAPER["HalfCheetah-v5"]
+    found, preset = (
+        config_fields(config)
+        for config in (bench_mbpo.config(size), AGENTS["mbpo"].config_for("HalfCheetah-v5"))
+    )
+    # the replay holds the steps that are measured, and no more
+    assert found == {**preset, "buffer_size": size["warmup"] + size["steps"]}
+    assert size["steps"] % found["model_period"] == 0
 
 
 WORKER = """
