@@ -25,8 +25,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # the files that take longest, the longest first, so that no worker is left with one at the end
 LONGEST = (
-    "deep_agents", "runs", "loop", "search", "mbpo", "search_transforms", "fit", "x64", "dyna",
-    "search_inputs", "sharding", "readme_bits", "env", "kill", "saving", "readme", "own_agents",
+    "learning", "deep_agents", "runs", "search", "mbpo", "loop", "search_transforms", "fit", "x64",
+    "dyna", "readme_bits", "sharding", "search_inputs", "totals", "env", "kill", "saving",
+    "readme", "own_agents",
 )  # fmt: skip
 
 

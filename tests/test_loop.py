@@ -33,29 +33,35 @@ def _bits(x):
     return np.asarray(x)
 
 
-@pytest.mark.parametrize(("name", "fields"), TABULAR, ids=str)
-@pytest.mark.parametrize("slippery", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_vmapped_seeds_equal_single_runs(name, fields, slippery):
-    env = mbrl_jax.make_env("FrozenLake-misc", is_slippery=slippery)
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["still", "ice"]
+)
+def slippery_lake(request):
+    return mbrl_jax.make_env("FrozenLake-misc", is_slippery=request.param)
+
+
+@pytest.fixture(scope="module", params=TABULAR, ids=str)
+def whole(request, slippery_lake):
+    """The uncut run of 4 vmapped seeds: agent, environment, config, state, history."""
+    (name, fields), env = request.param, slippery_lake
     cfg = AGENTS[name].config_for(env.spec.id, **fields)
-    train = make_train(name, env, 600, eval_every=200, eval_episodes=4)
-    state, history = jax.jit(jax.vmap(train, in_axes=(0, None)))(
-        jax.random.split(jax.random.key(0), 5), cfg
-    )
-    single = jax.jit(train)
-    for i, key in enumerate(jax.random.split(jax.random.key(0), 5)):
+    train = make_train(name, env, 600, eval_every=100, eval_episodes=4)
+    keys = jax.random.split(jax.random.key(3), 4)
+    return name, env, cfg, *jax.jit(jax.vmap(train, in_axes=(0, None)))(keys, cfg)
+
+
+def test_vmapped_seeds_equal_single_runs(whole):
+    name, env, cfg, state, history = whole
+    single = jax.jit(make_train(name, env, 600, eval_every=100, eval_episodes=4))
+    for i, key in enumerate(jax.random.split(jax.random.key(3), 4)):
         alone, curve = single(key, cfg)
         same(alone, jax.tree.map(lambda x, i=i: x[i], state))
         same(curve, jax.tree.map(lambda x, i=i: x[i], history))
 
 
-@pytest.mark.parametrize(("name", "fields"), TABULAR, ids=str)
-def test_chunks_equal_the_uncut_run(lake, name, fields):
-    cfg = AGENTS[name].config_for(lake.spec.id, **fields)
-    train = make_train(name, lake, 600, eval_every=100, eval_episodes=4)
-    keys = jax.random.split(jax.random.key(3), 4)
-    state, history = jax.jit(jax.vmap(train, in_axes=(0, None)))(keys, cfg)
-    program = make_program(AGENTS[name], lake, cfg, 600, eval_every=100, eval_episodes=4)
+def test_chunks_equal_the_uncut_run(whole):
+    name, env, cfg, state, history = whole
+    program = make_program(AGENTS[name], env, cfg, 600, eval_every=100, eval_episodes=4)
     chunk = jax.jit(jax.vmap(program.period, in_axes=(0, None, None)), donate_argnums=0)
     run = jax.jit(jax.vmap(program.init, in_axes=(0, None)))(
         jax.random.split(jax.random.key(3), 4), cfg
@@ -65,6 +71,7 @@ def test_chunks_equal_the_uncut_run(lake, name, fields):
         run, metrics = chunk(run, cfg, jnp.int32(i))
         rows.append(metrics)
     same(state, run.agent)
+    history = dict(history)
     env_steps = history.pop("env_steps")
     same(history, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *rows))
     assert env_steps[0].tolist() == [100, 200, 300, 400, 500, 600]
