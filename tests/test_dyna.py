@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 from scipy import stats
 
 import mbrl_jax
@@ -137,7 +138,7 @@ class Book:
 def test_updates_equal_the_book(fields):
     cfg = AGENTS["dyna_q"].config_for("", gamma=0.9, **fields)
     agent = make_agent("dyna_q", SPEC, cfg)
-    observe, update = jax.jit(agent.observe), jax.jit(agent.update)
+    observe, update = quick(agent.observe), quick(agent.update)
     state, book = agent.init(jax.random.key(0)), Book(cfg)
     for t, (s, a, r, ns, end) in enumerate(wander(0, 40)):
         step = Step(

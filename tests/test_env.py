@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 
 from mbrl_jax import make_env
 from mbrl_jax.envs import list_envs
@@ -29,7 +30,7 @@ def test_every_environment_runs_and_keeps_its_spec(id):
 
     batch = reset_batch(env, jax.random.key(0), num_envs)
     steps = []
-    run = jax.jit(one)
+    run = quick(one)
     for i in range(12):
         batch, step = run(batch, jax.random.key(i + 1))
         steps.append(step)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 
 from mbrl_jax import make_env
 from mbrl_jax.data import ring
@@ -79,7 +80,7 @@ def test_rows_end_with_the_task_and_stay_ended():
 def test_the_length_is_traced_and_later_depths_are_masked():
     traces = []
 
-    @jax.jit
+    @quick
     def run(length):
         traces.append(0)
         start = jnp.full((2, 1), -9.0)

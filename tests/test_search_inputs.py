@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 from search_worlds import (
     STATES,
     chance_functions,
@@ -146,16 +147,16 @@ def test_vmapped_values_may_be_closed_over(policy):
     keys = jax.random.split(jax.random.key(0), 2)
 
     def closing(key, params, epsilon):
-        step = jax.jit(lambda _, *args: model(params, *args))
+        step = quick(lambda _, *args: model(params, *args))
         transform = functools.partial(search.qtransform_by_parent_and_siblings, epsilon=epsilon)
         out = getattr(search, policy)(
             None, key, root_of(params, BATCH), step, NUM, qtransform=transform
         )
         return out.action_weights, out.search_tree.children_visits
 
-    found = jax.jit(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
-    mapped = jax.vmap(jax.jit(closing))(jax.random.clone(keys), stacked, epsilons)
-    alone = jax.jit(closing)
+    found = quick(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
+    mapped = jax.vmap(quick(closing))(jax.random.clone(keys), stacked, epsilons)
+    alone = quick(closing)
     for i in range(2):
         own = alone(jax.random.clone(keys)[i], worlds[i], epsilons[i])
         for a, b, want in zip(found, mapped, own, strict=True):
@@ -195,7 +196,7 @@ def test_a_python_loop_goes_on_from_a_tree():
     action = jnp.argmax(tree.children_visits[:, 0], axis=1).astype(jnp.int32)
     tree = search.advance(tree, action)
     found = [
-        jax.jit(
+        quick(
             lambda key, loop=loop: (
                 search.muzero_policy(
                     params, key, root, model, 6, search_tree=tree, loop_fn=loop
@@ -248,7 +249,7 @@ def test_ties_are_broken_anew_at_every_node():
 def test_another_key_breaks_ties_otherwise_and_the_same_one_the_same_way():
     params = {**world(0, ACTIONS, 1.0, 0.0), "logits": jnp.zeros((STATES, ACTIONS))}
 
-    @jax.jit
+    @quick
     def plan(key):
         out = search.muzero_policy(
             params, key, root_of(params, 64), model, 6, dirichlet_fraction=0.0
@@ -267,7 +268,7 @@ def test_a_root_with_nan_tells_so_and_leaves_the_others_alone(name):
     params = world(0, ACTIONS, 0.9, 1.0)
     invalid = np.zeros((BATCH, ACTIONS), bool)
     invalid[:, 0] = True
-    planned = jax.jit(SEARCHES[name])
+    planned = quick(SEARCHES[name])
 
     def searched(**roots):
         tables = {k: params[k].at[rows].set(x) for k, (rows, x) in roots.items()}

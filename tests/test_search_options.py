@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_reference as reference
+from probes import quick
 from search_worlds import invalid_of, model, root_of, run, step_of, world
 
 from mbrl_jax import search
@@ -78,7 +79,7 @@ def test_halving_once_visits_as_algorithm_2_does(num, actions, most, masked):
 def go_on(params, tree, actions, num, **options):
     """Another search from the states that the actions lead to."""
 
-    @jax.jit
+    @quick
     def advanced(params, key, tree, actions):
         state = params["next"][jnp.arange(actions.shape[0]), jnp.maximum(actions, 0)]
         root = search.RootFnOutput(
@@ -173,9 +174,9 @@ def test_seeds_under_vmap_go_on_as_single_searches_do():
 
     keys = jax.random.split(jax.random.key(1), 2)
     halves = jax.tree.map(lambda x: x.reshape(2, batch, *x.shape[1:]), (first, actions))
-    together = jax.jit(jax.vmap(one))(jax.random.clone(keys), *halves)
+    together = quick(jax.vmap(one))(jax.random.clone(keys), *halves)
     for i in range(2):
-        alone = jax.jit(one)(keys[i], *jax.tree.map(lambda x, i=i: x[i], halves))
+        alone = quick(one)(keys[i], *jax.tree.map(lambda x, i=i: x[i], halves))
         for a, b in zip(together, alone, strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probes import quick
 from scipy import stats
 
 from mbrl_jax.models import tabular
@@ -29,7 +30,7 @@ transitions = st.lists(
 
 def learn(empty, seen):
     model = empty(S, A)
-    observe = jax.jit(lambda model, x, t: tabular.observe(model, x, A, t))
+    observe = quick(lambda model, x, t: tabular.observe(model, x, A, t))
     for t, (s, a, r, ns, goes_on) in enumerate(seen):
         x = Transition(
             jnp.int32(s), jnp.int32(a), jnp.float32(r), jnp.int32(ns), jnp.float32(goes_on)
