@@ -88,7 +88,7 @@ def same_node(ours, theirs, i, a, b):
         np.testing.assert_allclose(
             getattr(ours, name)[i, a], getattr(theirs, name)[i, b], 1e-4, 1e-5
         )
-    visits = np.asarray(ours.children_visits[i, a])
+    visits = ours.children_visits[i, a]
     for name in ("visits", "rewards", "discounts", "values"):
         first, second = (getattr(t, f"children_{name}")[i] for t in (ours, theirs))
         np.testing.assert_allclose(first[a], second[b], 1e-4, 1e-5)

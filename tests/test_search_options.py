@@ -125,7 +125,7 @@ def test_a_search_that_goes_on_visits_as_the_reference_does(depth, tree_range):
         want = reference.muzero(child, step_of(params), num, valid, depth, tree_range)
         np.testing.assert_array_equal(tree.children_visits[i, 0], want, err_msg=str(i))
         np.testing.assert_allclose(tree.node_values[i, 0], child.value, rtol=1e-4)
-    kept = np.asarray(search.advance(first.search_tree, jnp.asarray(chosen)).node_visits[:, 0])
+    kept = np.asarray(quick(search.advance)(first.search_tree, chosen).node_visits)[:, 0]
     np.testing.assert_array_equal(kept[2:], visits.max(axis=1)[2:])
     assert (kept[2:] > 1).all()
     assert kept[1] == 0
@@ -134,8 +134,8 @@ def test_a_search_that_goes_on_visits_as_the_reference_does(depth, tree_range):
 def test_an_advanced_tree_is_the_part_below_the_action():
     params, batch = world(3, 5, 0.9, 1.0), 4
     tree = run(search, "gumbel_muzero_policy", params, batch, 40).search_tree
-    action = jnp.argmax(tree.children_visits[:, 0], axis=1)
-    part = jax.tree.map(np.asarray, search.advance(tree, action))
+    action = np.argmax(tree.children_visits[:, 0], axis=1)
+    part = jax.tree.map(np.asarray, quick(search.advance)(tree, action))
     whole = jax.tree.map(np.asarray, tree)
 
     def same(i, a, b):
@@ -185,7 +185,7 @@ def test_trees_that_do_not_fit_are_refused():
     params = world(0, 4, 0.9, 1.0)
     tree = run(search, "muzero_policy", params, 2, 8).search_tree
     with pytest.raises(ValueError, match=r"search_tree of \(2, 9, 4\) .* expected \(2, 13, 4\)"):
-        search.muzero_policy(params, jax.random.key(0), root_of(params, 2), model, 12,
-                             search_tree=tree)  # fmt: skip
+        quick(lambda key: search.muzero_policy(params, key, root_of(params, 2), model, 12,
+                                               search_tree=tree))(jax.random.key(0))  # fmt: skip
     with pytest.raises(ValueError, match=r"action of shape \(3,\): expected \(2,\)"):
         search.advance(tree, jnp.zeros(3, jnp.int32))
