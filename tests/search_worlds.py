@@ -1,8 +1,11 @@
 """Random worlds as tables, for the tests of the search."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from probes import quick
 
 from mbrl_jax import search
 from mbrl_jax.search import schedule
@@ -74,6 +77,9 @@ def root_of(params, batch):
 
 
 def step_of(params):
+    """`model` for the reference."""
+    params = jax.tree.map(np.asarray, params)
+
     def step(state, action):
         after = int(params["next"][state, action])
         number = (float(params[name][after]) for name in ("reward", "discount"))
@@ -84,6 +90,7 @@ def step_of(params):
 
 def chance_steps_of(params, num_actions):
     """`chance_functions` for the reference."""
+    params = jax.tree.map(np.asarray, params)
 
     def decide(state, action):
         after = int(params["next"][state, action])
@@ -127,12 +134,12 @@ def first_in_order(lanes, node):
 
 
 def searcher(library, policy, batch, num_simulations, transform=None, **options):
-    """(params, invalid or None, x) -> PolicyOutput, compiled once for worlds of one shape.
+    """(params, invalid or None, x, key) -> PolicyOutput, compiled once for worlds of one shape.
 
-    `transform` makes the qtransform of x, a number.
+    `transform` makes the qtransform of x, numbers.
     """
 
-    @jax.jit
+    @quick
     def made(params, key, invalid, x):
         chosen = {} if transform is None else {"qtransform": transform(x)}
         return getattr(library, policy)(
@@ -140,11 +147,17 @@ def searcher(library, policy, batch, num_simulations, transform=None, **options)
             **chosen, **options,
         )  # fmt: skip
 
-    def run(params, invalid=None, x=0.0):
+    def run(params, invalid=None, x=0.0, key=None):
         invalid = None if invalid is None else jnp.asarray(invalid, jnp.float32)
-        return made(params, jax.random.key(5), invalid, jnp.float32(x))
+        key = jax.random.key(5) if key is None else key
+        # numpy, of which tests take parts without compiling them
+        return jax.tree.map(np.asarray, made(params, key, invalid, jnp.float32(x)))
 
     return run
+
+
+plain = functools.cache(functools.partial(searcher, search))
+"""`searcher` of this library, once for all tests that change nothing in it."""
 
 
 def run(library, policy, params, batch, num_simulations, invalid=None, **options):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 from scipy import stats
 
 import mbrl_jax
@@ -137,19 +138,19 @@ class Book:
 def test_updates_equal_the_book(fields):
     cfg = AGENTS["dyna_q"].config_for("", gamma=0.9, **fields)
     agent = make_agent("dyna_q", SPEC, cfg)
-    observe, update = jax.jit(agent.observe), jax.jit(agent.update)
-    state, book = agent.init(jax.random.key(0)), Book(cfg)
+    observe, update = quick(agent.observe), quick(agent.update)
+    sample = quick(lambda visits, key: tabular.sample_pairs(
+        visits, key, cfg.planning_steps, A, cfg.sampler))  # fmt: skip
+    state, book = quick(agent.init)(jax.random.key(0)), Book(cfg)
     for t, (s, a, r, ns, end) in enumerate(wander(0, 40)):
         step = Step(
-            jnp.array([s]), jnp.array([a]), jnp.array([r], jnp.float32), jnp.array([ns]),
-            jnp.array([end]), jnp.array([False]), jnp.array([t == 0]), jnp.array([False]),
+            np.int32([s]), np.int32([a]), np.float32([r]), np.int32([ns]),
+            np.array([end]), np.array([False]), np.array([t == 0]), np.array([False]),
         )  # fmt: skip
         state = observe(state, step, (), jnp.int32(t))
         pairs = []
         if cfg.planning in ("sequential", "batched") and cfg.planning_steps:
-            visits = state.model.visits
-            key = jax.random.key(t)
-            pairs = tabular.sample_pairs(visits, key, cfg.planning_steps, A, cfg.sampler).tolist()
+            pairs = sample(state.model.visits, jax.random.key(t)).tolist()
         state, _ = update(state, jax.random.key(t), jnp.int32(t), jnp.int32(t))
         book.step(s, a, r, ns, end, t + 1, pairs)
         np.testing.assert_allclose(state.q, book.q, rtol=2e-4, atol=2e-5, err_msg=f"step {t}")
@@ -158,12 +159,12 @@ def test_updates_equal_the_book(fields):
 def test_actions_are_epsilon_greedy_with_random_ties():
     values = jnp.array([1.0, 3.0, 3.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.vmap(lambda key: dyna.select_action(values, 0.2, key))(keys)
+    drawn = quick(jax.vmap(lambda key: dyna.select_action(values, 0.2, key)))(keys)
     counts = np.bincount(drawn, minlength=4)
     expected = 20_000 * np.array([0.05, 0.45, 0.45, 0.05])
     assert stats.chisquare(counts, expected).pvalue > 1e-4
     keys = jax.random.split(jax.random.key(1), 1000)
-    first = jax.vmap(lambda key: dyna.select_action(values, 0.0, key, "first"))(keys)
+    first = quick(jax.vmap(lambda key: dyna.select_action(values, 0.0, key, "first")))(keys)
     assert set(first.tolist()) == {1}
 
 
@@ -293,7 +294,8 @@ for name, fields in (("dyna_q", {"planning_steps": 3}), ("prioritised_sweeping",
     init, chunk = job.functions()
     config = traced(job.config)
     run = init(job.keys(), config)
-    text = chunk.lower(job.like(), config, np.int32(0)).compile().as_text()
+    chunk = chunk.lower(job.like(), config, np.int32(0)).compile()
+    text = chunk.as_text()
     entry = text[text.index("ENTRY"):]
     # whether the entry has a loop that is not within a kernel
     found.append((job.mode, "while(" in entry))

@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 
 from mbrl_jax import make_env
 from mbrl_jax.envs import list_envs
 from mbrl_jax.envs.env import reset_batch, step_batch
 from mbrl_jax.types import InputError
+
+
+def batches(env, num_envs, **kwargs):
+    """A first batch, and (key, batch, action) -> the next one and the step; both compiled."""
+    start = quick(lambda key: reset_batch(env, key, num_envs, **kwargs))(jax.random.key(0))
+    return start, quick(lambda key, batch, action: step_batch(env, key, batch, action))
 
 
 @pytest.mark.parametrize("id", list_envs())
@@ -27,9 +34,9 @@ def test_every_environment_runs_and_keeps_its_spec(id):
         action = jax.vmap(env.spec.random_action)(jax.random.split(act, num_envs))
         return step_batch(env, step_key, batch, action)
 
-    batch = reset_batch(env, jax.random.key(0), num_envs)
+    batch, _ = batches(env, num_envs)
     steps = []
-    run = jax.jit(one)
+    run = quick(one)
     for i in range(12):
         batch, step = run(batch, jax.random.key(i + 1))
         steps.append(step)
@@ -58,32 +65,35 @@ def test_every_environment_runs_and_keeps_its_spec(id):
 def test_a_batch_equals_gymnax_with_its_automatic_reset():
     env = make_env("CartPole-v1")
     base, params = gymnax.make("CartPole-v1")
-    batch = reset_batch(env, jax.random.key(0), 1)
-    state = jax.tree.map(lambda x: x[0], batch.env)
+    batch, advance = batches(env, 1)
+    state = batch.env
+    # both as batches in one program each, whose roundings are the same
+    base_step = quick(jax.vmap(lambda *x: base.step_env(*x, params), (None, 0, 0)))
+    base_reset = quick(jax.vmap(lambda key: base.reset_env(key, params)))
     ended = 0
     for i in range(60):
-        action = i // 3 % 2
+        action = np.int32([i // 3 % 2])
         step_key, reset_key = jax.random.split(jax.random.key(i), 2)
-        obs, after, reward, terminated, _ = base.step_env(step_key, state, action, params)
-        batch, step = step_batch(env, jax.random.key(i), batch, jnp.array([action]))
-        np.testing.assert_allclose(step.next_obs[0], obs, rtol=1e-6)
-        assert step.reward[0] == reward
-        assert step.terminated[0] == terminated
+        obs, after, reward, terminated, _ = base_step(step_key, state, action)
+        batch, step = advance(jax.random.key(i), batch, action)
+        np.testing.assert_allclose(step.next_obs, obs, rtol=1e-6)
+        assert step.reward == reward
+        assert step.terminated == terminated
         if terminated:
             ended += 1
-            obs, after = base.reset_env(reset_key, params)
-        np.testing.assert_allclose(batch.obs[0], obs, rtol=1e-6)
+            obs, after = base_reset(reset_key[None])
+        np.testing.assert_allclose(batch.obs, obs, rtol=1e-6)
         state = after
     assert ended > 1
 
 
 def test_truncation_is_told_from_termination_and_the_successor_is_true():
     env = make_env("Pendulum-v1", max_steps_in_episode=5)
-    batch = reset_batch(env, jax.random.key(0), 2)
+    batch, advance = batches(env, 2)
     truncated = []
     for i in range(11):
-        batch, step = step_batch(env, jax.random.key(i), batch, jnp.zeros((2, 1)))
-        truncated.append(bool(step.truncated[0]))
+        batch, step = advance(jax.random.key(i), batch, np.zeros((2, 1), np.float32))
+        truncated.append(bool(np.asarray(step.truncated)[0]))
         assert not step.terminated.any()
         if truncated[-1]:
             assert not np.allclose(step.next_obs, batch.obs)
@@ -93,21 +103,21 @@ def test_truncation_is_told_from_termination_and_the_successor_is_true():
 
 def test_termination_wins_where_gymnax_reports_both():
     env = make_env("DeepSea-bsuite")
-    batch = reset_batch(env, jax.random.key(0), 1)
+    batch, advance = batches(env, 1)
     for i in range(8):
-        batch, step = step_batch(env, jax.random.key(i), batch, jnp.array([1]))
-    assert step.terminated[0]
-    assert not step.truncated[0]
+        batch, step = advance(jax.random.key(i), batch, np.array([1], np.int32))
+    assert np.asarray(step.terminated)[0]
+    assert not np.asarray(step.truncated)[0]
 
 
 def test_delayed_resets_record_the_final_observation():
     """A 3-step episode gives 4 records, the last with no action, no reward and no end."""
     env = make_env("Pendulum-v1", max_steps_in_episode=3)
-    batch = reset_batch(env, jax.random.key(0), 1, delayed=True)
+    batch, advance = batches(env, 1, delayed=True)
     steps = []
     for i in range(9):
-        batch, step = step_batch(env, jax.random.key(i), batch, jnp.full((1, 1), 0.5))
-        steps.append(jax.tree.map(lambda x: np.asarray(x[0]), step))
+        batch, step = advance(jax.random.key(i), batch, np.full((1, 1), 0.5, np.float32))
+        steps.append(jax.tree.map(lambda x: np.asarray(x)[0], step))
     assert [bool(s.is_first) for s in steps] == [True, False, False, False] * 2 + [True]
     assert [bool(s.truncated) for s in steps] == [False, False, True, False] * 2 + [False]
     assert [float(s.action[0]) for s in steps[:4]] == [0.5, 0.5, 0.5, 0.0]
@@ -118,11 +128,17 @@ def test_delayed_resets_record_the_final_observation():
 
 def test_delayed_resets_tell_termination_from_truncation():
     env = make_env("FrozenLake-misc", is_slippery=False)
-    batch = reset_batch(env, jax.random.key(0), 1, delayed=True)
+    batch, advance = batches(env, 1, delayed=True)
     record = []
     for i, action in enumerate([2, 1, 0, 0]):  # right, down into the hole at 5, ignored, left
-        batch, step = step_batch(env, jax.random.key(i), batch, jnp.array([action]))
-        record.append((int(step.obs[0]), int(step.next_obs[0]), bool(step.terminated[0])))
+        batch, step = advance(jax.random.key(i), batch, np.array([action], np.int32))
+        record.append(
+            (
+                int(np.asarray(step.obs)[0]),
+                int(np.asarray(step.next_obs)[0]),
+                bool(np.asarray(step.terminated)[0]),
+            )
+        )
     assert record == [(0, 1, False), (1, 5, True), (5, 0, False), (0, 0, False)]
 
 
@@ -171,21 +187,22 @@ def test_parameters_may_be_vmapped():
     def swing(env):
         return env.step(jax.random.key(1), state, jnp.int32(0))[1].obs[3]
 
-    speeds = jax.vmap(swing, in_axes=(axes,))(envs)
-    alone = [swing(make_env("CartPole-v1", gravity=g)) for g in gravity.tolist()]
+    speeds = quick(jax.vmap(swing, in_axes=(axes,)))(envs)
+    one = quick(swing)
+    alone = [one(make_env("CartPole-v1", gravity=g)) for g in gravity.tolist()]
     np.testing.assert_allclose(speeds, jnp.array(alone), rtol=1e-6)
     assert len(set(np.asarray(speeds).tolist())) == 3
 
 
 def test_cached_resets_start_from_the_pool():
     env = make_env("CartPole-v1", cached_resets=2, max_steps_in_episode=1)
-    batch = reset_batch(env, jax.random.key(0), 4)
+    batch, advance = batches(env, 4)
     pool = {tuple(row) for row in np.asarray(batch.pool[1]).tolist()}
     assert len(pool) == 2
     starts = set()
     for i in range(8):
         starts |= {tuple(row) for row in np.asarray(batch.obs).tolist()}
-        batch, _ = step_batch(env, jax.random.key(i), batch, jnp.zeros(4, jnp.int32))
+        batch, _ = advance(jax.random.key(i), batch, np.zeros(4, np.int32))
     assert starts == pool
 
 

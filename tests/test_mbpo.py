@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from test_pets import batch
 from mbrl_jax import AGENTS, InputError, make_env, train
 from mbrl_jax.agents import make_agent, mbpo
 from mbrl_jax.models import dynamics
+from mbrl_jax.runtime.train import Job
 from mbrl_jax.types import EnvSpec, Transition
 
 PENDULUM = make_env("Pendulum-v1").spec
@@ -30,11 +32,15 @@ def config(**fields):
 
 
 def trained(spec=PENDULUM, trainings=1, **fields):
-    """States after each training, on random steps; and the agent."""
+    """States after each training, on random steps; and the agent, whose update is compiled."""
     agent = make_agent("mbpo", spec, config(**fields))
+    agent = agent._replace(update=quick(agent.update))
+    return after_trainings(agent, spec, trainings, agent.update), agent
+
+
+def after_trainings(agent, spec, trainings, update):
     last = FIRST + PERIOD * (trainings - 1)
     rows = [batch(spec, 1, t) for t in range(last + 1)]
-    update = quick(agent.update)
 
     @quick
     def observed(state, rows, first):
@@ -46,12 +52,18 @@ def trained(spec=PENDULUM, trainings=1, **fields):
     state, states, done = quick(agent.init)(jax.random.key(0)), [], 0
     for i in range(trainings):
         t = FIRST + PERIOD * i
-        some = jax.tree.map(lambda *x: jnp.stack(x), *rows[done : t + 1])
+        some = jax.tree.map(lambda *x: np.stack(x), *rows[done : t + 1])
         n = jnp.int32(PERIOD * i)
         state, _ = update(observed(state, some, done), jax.random.key(i), jnp.int32(t), n)
         states.append(state)
         done = t + 1
-    return states, agent
+    return states
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Four trainings with the fields of SMALL."""
+    return trained(trainings=4)
 
 
 def unpacked(state, spec=PENDULUM):
@@ -78,8 +90,8 @@ def test_each_batch_has_the_same_share_of_real_rows(ratio, num_real):
     assert got.reward[..., 0].sum(1).tolist() == [num_real] * 2
 
 
-def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes():
-    states, _ = trained(trainings=4)
+def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes(plain):
+    states, _ = plain
     num = 2 * PERIOD  # rollouts of a round
     capacity = 2 * num
     assert [state.imagined.counts.tolist() for state in states] == [
@@ -132,10 +144,11 @@ def test_what_is_stored_is_what_the_known_functions_say_of_it():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_a_batch_is_made_of_stored_rows_in_units_of_the_learner(ratio):
-    (state,), _ = trained(real_ratio=ratio)
+def test_a_batch_is_made_of_stored_rows_in_units_of_the_learner(plain, ratio):
+    state = plain[0][0]
     cfg, t = config(real_ratio=ratio), jnp.int32(FIRST)
-    got = mbpo.batches(cfg, PENDULUM, state, jax.random.key(3), t)
+    drawn = quick(lambda *x: mbpo.batches(cfg, PENDULUM, *x))(state, jax.random.key(3), t)
+    got = jax.tree.map(np.asarray, drawn)
     assert got.obs.shape == (cfg.updates, cfg.batch_size, 3)
     assert np.abs(got.action).max() <= 1.0
     num_real = int(cfg.batch_size * ratio)
@@ -161,17 +174,15 @@ def test_training_of_four_vmapped_seeds_selects_no_parameters():
     assert selected_in_gradient_steps(jaxpr, states.params.net) == (1, [])
 
 
-def test_between_trainings_the_model_stays_and_the_policy_learns():
-    (state,), agent = trained()
-    state = agent.observe(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
-    after, metrics = quick(agent.update)(
-        state, jax.random.key(1), jnp.int32(FIRST + 1), jnp.int32(1)
-    )
+def test_between_trainings_the_model_stays_and_the_policy_learns(plain):
+    (state, *_), agent = plain
+    state = quick(agent.observe)(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
+    after, metrics = agent.update(state, jax.random.key(1), jnp.int32(FIRST + 1), jnp.int32(1))
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, after.imagined, state.imagined)
     assert metrics["holdout_error"] == state.report["holdout_error"]
     pair = zip(*(jax.tree.leaves(s.learner.params.actor) for s in (state, after)), strict=True)
-    assert max(np.abs(a - b).max() for a, b in pair) > 0
+    assert max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in pair) > 0
 
 
 def test_a_threshold_that_truncates_everything_leaves_real_batches():
@@ -194,17 +205,23 @@ def test_macura_and_m2ac_keep_what_their_papers_keep():
 
 
 def test_the_measured_error_of_a_model_that_knows_nothing_gives_the_shortest_rollouts():
-    (state,), _ = trained(length_by="error", rollout_length=(1, 3), error_limit=1e-3)
-    assert state.report["rollout_limit"] == 1
-    (state,), _ = trained(length_by="error", rollout_length=(1, 3), error_limit=1e9)
-    assert state.report["rollout_limit"] == 3
+    def agent(limit):
+        return make_agent("mbpo", PENDULUM, dataclasses.replace(cfg, error_limit=limit))
+
+    cfg = config(length_by="error", rollout_length=(1, 3))
+    update = quick(lambda limit, *args: agent(limit).update(*args))
+    for limit, length in ((1e-3, 1), (1e9, 3)):
+        known = partial(update, np.float32(limit))
+        (state,) = after_trainings(agent(limit), PENDULUM, 1, known)
+        assert state.report["rollout_limit"] == length
 
 
 def test_an_unknown_termination_is_learned_and_said():
     spec = EnvSpec("mine", (3,), "float32", 99, action_low=(-1.0,), action_high=(1.0,))
     with pytest.warns(UserWarning, match="mine has no known termination function; MBPO learns it"):
-        agent = make_agent("mbpo", spec, config())
-    quick(agent.init)(jax.random.key(0))
+        (state,), _ = trained(spec, real_ratio=0.5)
+    assert state.imagined.counts[0] > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.learner, state.report)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_agent("mbpo", POLE, config())
@@ -212,14 +229,23 @@ def test_an_unknown_termination_is_learned_and_said():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_run_folder_records_the_termination_that_was_used(known, tmp_path):
+def test_a_run_folder_records_the_termination_that_was_used(known, tmp_path, monkeypatch):
+    """It does so before anything is compiled, where this ends."""
+
+    class Compiled(Exception):
+        pass
+
+    def functions(job):
+        raise Compiled
+
+    monkeypatch.setattr(Job, "functions", functions)
     env = make_env("ContinuousCartPole-v0")
     if not known:
         env = dataclasses.replace(env, spec=dataclasses.replace(env.spec, termination_fn=None))
     said = contextlib.nullcontext()
     if not known:
         said = pytest.warns(UserWarning, match="has no known termination function; MBPO learns it")
-    with said:
+    with said, pytest.raises(Compiled):
         train("mbpo", env, 20, out=tmp_path / "run", eval_episodes=1, eval_max_steps=3,
               **SMALL["mbpo"])  # fmt: skip
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["run"]["config"]

@@ -30,12 +30,12 @@ def batch(spec, num, seed=0):
 
     def fill(leaf):
         if leaf.dtype == bool:
-            return jnp.zeros((num, *leaf.shape), bool)
+            return np.zeros((num, *leaf.shape), bool)
         if leaf.dtype == jnp.int32:
-            return jnp.asarray(rng.integers(0, 2, (num, *leaf.shape)), jnp.int32)
-        return jnp.float32(rng.uniform(-1, 1, (num, *leaf.shape)))
+            return np.int32(rng.integers(0, 2, (num, *leaf.shape)))
+        return np.float32(rng.uniform(-1, 1, (num, *leaf.shape)))
 
-    never = jnp.zeros(num, bool)
+    never = np.zeros(num, bool)
     return Step(*jax.tree.map(fill, example), never, never)
 
 

@@ -46,7 +46,7 @@ PLANNERS = {
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_planners_find_the_best_plan_of_a_quadratic(name):
-    plan = jax.jit(partial(PLANNERS[name], quadratic))
+    plan = quick(partial(PLANNERS[name], quadratic))
     for seed in range(3):
         got = plan(jax.random.key(seed), start(name), LOW, HIGH)
         np.testing.assert_allclose(got.sequence, GOAL, atol=1e-2)
@@ -96,7 +96,7 @@ def test_candidates_lie_within_the_bounds_and_nan_ranks_last(name):
         return jnp.where(actions[:, 0, 0] > 0.0, jnp.where(inside, worth, jnp.inf), jnp.nan)
 
     planner = PLANNERS[name]
-    got = jax.jit(partial(planner, value))(jax.random.key(0), start(name), LOW, HIGH)
+    got = quick(partial(planner, value))(jax.random.key(0), start(name), LOW, HIGH)
     assert np.isfinite(got.sequence).all()
     assert got.action[0] > 0.0
     assert got.value == pytest.approx(-100.0, abs=0.1), "inf stands for a candidate out of bounds"
@@ -104,7 +104,7 @@ def test_candidates_lie_within_the_bounds_and_nan_ranks_last(name):
     def nothing(actions, key):
         return jnp.full(actions.shape[0], jnp.nan)
 
-    lost = jax.jit(partial(planner, nothing))(jax.random.key(0), start(name), LOW, HIGH)
+    lost = quick(partial(planner, nothing))(jax.random.key(0), start(name), LOW, HIGH)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((lost.plan, lost.sequence)))
     assert lost.value == -jnp.inf
 
@@ -117,15 +117,15 @@ def test_plans_are_warm_and_batched_and_a_new_episode_remembers_nothing(name):
     def shifted(actions, key):  # the goal moves on by one step, as the world does
         return quadratic(actions, key, jnp.concatenate([GOAL[1:], jnp.zeros((1, 2))]))
 
-    best = jax.jit(partial(PLANNERS[name], quadratic))
+    best = quick(partial(PLANNERS[name], quadratic))
     good = best(jax.random.key(0), start(name), LOW, HIGH).plan
     keys = jax.random.split(jax.random.key(1), 20)
-    run = jax.jit(jax.vmap(lambda key, plan: planner(shifted, key, plan, LOW, HIGH), (0, None)))
+    run = quick(jax.vmap(lambda key, plan: planner(shifted, key, plan, LOW, HIGH), (0, None)))
     warm, cold = run(keys, good), run(keys, start(name))
     assert jnp.mean(warm.value) > jnp.mean(cold.value)
     again = run(keys, start(name))
     jax.tree.map(np.testing.assert_array_equal, cold, again)
-    alone = jax.jit(partial(planner, shifted))(keys[3], good, LOW, HIGH)
+    alone = quick(partial(planner, shifted))(keys[3], good, LOW, HIGH)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[3], b, rtol=1e-4, atol=1e-4), warm, alone
     )

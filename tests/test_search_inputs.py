@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from probes import quick
 from search_worlds import (
     STATES,
     chance_functions,
     first_actions,
     invalid_of,
     model,
+    plain,
     root_of,
     run,
     searcher,
@@ -113,7 +115,7 @@ def test_no_array_is_of_64_bits_though_they_are_allowed(name):
 def test_a_search_is_the_same_where_64_bits_are_allowed(policy):
     params = world(3, ACTIONS, 0.9, 1.0)
     invalid = invalid_of(3, BATCH, ACTIONS)
-    want = run(search, policy, params, BATCH, NUM, invalid)
+    want = plain(policy, BATCH, NUM)(params, invalid)
     with jax.enable_x64(True):
         plan = searcher(search, policy, BATCH, NUM)
         same = plan(params, invalid)
@@ -131,7 +133,7 @@ def test_half_precision_comes_in_and_single_comes_out(policy):
     params = {k: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
               for k, x in world(3, ACTIONS, 0.9, 1.0).items()}  # fmt: skip
     full = {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in params.items()}
-    found, want = (run(search, policy, x, BATCH, NUM) for x in (params, full))
+    found, want = (plain(policy, BATCH, NUM)(x) for x in (params, full))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
@@ -153,9 +155,9 @@ def test_vmapped_values_may_be_closed_over(policy):
         )
         return out.action_weights, out.search_tree.children_visits
 
-    found = jax.jit(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
-    mapped = jax.vmap(jax.jit(closing))(jax.random.clone(keys), stacked, epsilons)
-    alone = jax.jit(closing)
+    found = quick(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
+    mapped = jax.vmap(quick(closing))(jax.random.clone(keys), stacked, epsilons)
+    alone = quick(closing)
     for i in range(2):
         own = alone(jax.random.clone(keys)[i], worlds[i], epsilons[i])
         for a, b, want in zip(found, mapped, own, strict=True):
@@ -192,10 +194,10 @@ def test_a_python_loop_goes_on_from_a_tree():
     params, key = world(3, ACTIONS, 0.9, 1.0), jax.random.key(0)
     tree = run(search, "muzero_policy", params, BATCH, 6).search_tree
     root = root_of(params, BATCH)
-    action = jnp.argmax(tree.children_visits[:, 0], axis=1).astype(jnp.int32)
-    tree = search.advance(tree, action)
+    action = np.argmax(tree.children_visits[:, 0], axis=1).astype(np.int32)
+    tree = quick(search.advance)(tree, action)
     found = [
-        jax.jit(
+        quick(
             lambda key, loop=loop: (
                 search.muzero_policy(
                     params, key, root, model, 6, search_tree=tree, loop_fn=loop
@@ -224,11 +226,17 @@ def test_a_lambda_around_the_range_of_the_tree_is_that_transform():
         run(search, POLICIES[0], params, BATCH, 4, qtransform=lambda tree, i: by_tree(tree, i))
 
 
+def tied(num_actions=6, batch=400, **given):
+    """A search among uniform priors and zero values."""
+    logits = np.zeros((STATES, num_actions), np.float32)
+    params = {**world(0, num_actions, 1.0, 0.0), "logits": logits}
+    return plain("muzero_policy", batch, 18, dirichlet_fraction=0.0)(params, **given)
+
+
 def test_ties_are_broken_anew_at_every_node():
-    """Uniform priors and zero values: what a child does first is not what its parent did."""
+    """What a child does first is not what its parent did."""
     num_actions, batch = 6, 400
-    params = {**world(0, num_actions, 1.0, 0.0), "logits": jnp.zeros((STATES, num_actions))}
-    out = run(search, "muzero_policy", params, batch, 18, dirichlet_fraction=0.0)
+    out = tied(num_actions, batch)
     own, first, root = first_actions(out.search_tree)
     assert len(own) > batch
     # of the child that a root takes first: 1 / 6 within four standard errors
@@ -246,19 +254,12 @@ def test_ties_are_broken_anew_at_every_node():
 
 
 def test_another_key_breaks_ties_otherwise_and_the_same_one_the_same_way():
-    params = {**world(0, ACTIONS, 1.0, 0.0), "logits": jnp.zeros((STATES, ACTIONS))}
-
-    @jax.jit
-    def plan(key):
-        out = search.muzero_policy(
-            params, key, root_of(params, 64), model, 6, dirichlet_fraction=0.0
-        )
-        return out.search_tree.children_index
-
     keys = jax.random.split(jax.random.key(0), 2)
-    first, second = (np.asarray(plan(jax.random.clone(keys)[i])) for i in range(2))
+    first, second, again = (
+        tied(key=jax.random.clone(keys)[i]).search_tree.children_index for i in (0, 1, 0)
+    )
     assert (first != second).any()
-    np.testing.assert_array_equal(first, plan(keys[0]))
+    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize("name", ["gumbel", "puct", "stochastic"])
@@ -267,11 +268,14 @@ def test_a_root_with_nan_tells_so_and_leaves_the_others_alone(name):
     params = world(0, ACTIONS, 0.9, 1.0)
     invalid = np.zeros((BATCH, ACTIONS), bool)
     invalid[:, 0] = True
-    planned = jax.jit(SEARCHES[name])
+    planned = quick(SEARCHES[name])
 
     def searched(**roots):
-        tables = {k: params[k].at[rows].set(x) for k, (rows, x) in roots.items()}
-        return planned({**params, **tables}, jax.random.key(0), jnp.asarray(invalid))
+        tables = {k: np.array(params[k]) for k in roots}
+        for k, (rows, x) in roots.items():
+            tables[k][rows] = x
+        out = planned({**params, **tables}, jax.random.key(0), jnp.asarray(invalid))
+        return jax.tree.map(np.asarray, out)
 
     good = searched()
     for bad in (

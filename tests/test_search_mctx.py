@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from probes import quick
 from search_worlds import (
     MACHINES,
     STATES,
@@ -87,7 +88,7 @@ def same_node(ours, theirs, i, a, b):
         np.testing.assert_allclose(
             getattr(ours, name)[i, a], getattr(theirs, name)[i, b], 1e-4, 1e-5
         )
-    visits = np.asarray(ours.children_visits[i, a])
+    visits = ours.children_visits[i, a]
     for name in ("visits", "rewards", "discounts", "values"):
         first, second = (getattr(t, f"children_{name}")[i] for t in (ours, theirs))
         np.testing.assert_allclose(first[a], second[b], 1e-4, 1e-5)
@@ -144,7 +145,7 @@ def test_chance_nodes_are_those_of_mctx():
             embedding=state,
         )  # fmt: skip
         invalid = jnp.asarray(invalid_of(2, batch, num_actions), jnp.float32)
-        return jax.jit(lambda key: library.stochastic_muzero_policy(
+        return quick(lambda key: library.stochastic_muzero_policy(
             params, key, root, decide, answer, 40, invalid))(jax.random.key(3))  # fmt: skip
 
     ours = searched(search)

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_reference as reference
+from probes import quick
 from search_worlds import (
     chance_functions,
     chance_steps_of,
     first_in_order,
     invalid_of,
     model,
+    plain,
     root_of,
     searcher,
     step_of,
@@ -20,7 +22,7 @@ from search_worlds import (
 )
 
 from mbrl_jax import search
-from mbrl_jax.search import puct, schedule
+from mbrl_jax.search import node, puct, schedule
 from mbrl_jax.types import InputError
 
 ACTIONS, OUTCOMES, BATCH, NUM = 5, 3, 4, 32
@@ -33,7 +35,6 @@ OURS = {
         search.qtransform_completed_by_mix_value, value_scale=0.5, maxvisit_init=20,
         rescale_values=False, use_mixed_value=False,
     ),
-    "tree": lambda x: lambda tree, i: search.qtransform_by_tree_min_max(tree, i, epsilon=1e-8),
 }  # fmt: skip
 PLAIN = {
     "min_max": lambda x: functools.partial(reference.min_max, low=-x, high=x),
@@ -44,6 +45,26 @@ PLAIN = {
     ),
     "tree": lambda x: None,
 }
+
+
+def one_of(x):
+    """The transform of number x[0], of the number x[1]: one program for all of them."""
+    which, x = jnp.int32(x[0]), x[1]
+
+    def transform(tree, index):
+        branches = [functools.partial(make(x), tree, index) for make in OURS.values()]
+        return jax.lax.switch(which, branches)
+
+    return transform
+
+
+def by_tree(x):
+    return lambda tree, i: search.qtransform_by_tree_min_max(tree, i, epsilon=1e-8)
+
+
+def chosen(transform, x):
+    """`x` of `one_of` and of `by_tree`."""
+    return [float(list(OURS).index(transform)) if transform in OURS else -1.0, x]
 
 
 def cases(transform):
@@ -61,51 +82,112 @@ def cases(transform):
 
 
 def of_actions(params):
-    return {**params, "logits": params["logits"][:, :ACTIONS], "next": params["next"][:, :ACTIONS]}
+    cut = {name: np.asarray(params[name])[:, :ACTIONS] for name in ("logits", "next")}
+    return jax.tree.map(np.asarray, {**params, **cut})
 
 
 def legal(params):
     """At least one action of every state, and what leads to none is not seen."""
     logits = np.array(params["logits"])
     logits[(logits == -1e9).all(axis=1), 0] = 0.0
-    return {**params, "logits": jnp.asarray(logits)}
+    return {**params, "logits": logits}
 
 
-@pytest.mark.parametrize("transform", ["min_max", "siblings", "mixed", "raw"])
+@functools.cache
+def values_of_lanes(transform):
+    """What a search adds to scores: (x, nodes) -> [A, L]; compiled once."""
+
+    def values(x, nodes):
+        found = node.transform_of(OURS[transform](x), ACTIONS)
+        return node.values_of(found, found.for_roots(BATCH))(nodes)
+
+    return quick(values)
+
+
+@quick
+def values_of_one(x, nodes):
+    found = node.transform_of(one_of(x), ACTIONS)
+    return node.values_of(found, found.for_roots(BATCH))(nodes)
+
+
+@pytest.mark.parametrize("transform", list(OURS))
+def test_values_of_many_nodes_are_those_of_each(transform):
+    """Our own transforms take all nodes at once, others one after the other."""
+    rng = np.random.default_rng(0)
+    visits = rng.integers(0, 4, (ACTIONS, 12)).astype(np.int32)
+    visits[:, 0] = 0
+    total = 1 + visits.sum(axis=0, dtype=np.int32)
+    prior = rng.dirichlet(np.ones(ACTIONS), 12).T
+    qvalues = np.where(visits > 0, rng.normal(size=visits.shape), 0.0)
+    raw, value = rng.normal(size=(2, 12))
+    numbers = (np.float32(z) for z in (prior, qvalues, raw, value))
+    prior, qvalues, raw, value = numbers
+    nodes = node.Node(
+        prior, visits, qvalues, qvalues, raw, value, total,
+        np.int32(np.arange(12) % BATCH), np.int32(np.arange(12)),
+    )  # fmt: skip
+    for x in (0.1, 1.0):
+        found = values_of_lanes(transform)(np.float32(x), nodes)
+        same = values_of_one(np.float32(chosen(transform, x)), nodes)
+        np.testing.assert_allclose(found, same, rtol=1e-6, atol=1e-6)
+        for i in range(12):
+            one = reference.Node(np.log(np.float64(prior[:, i])), float(raw[i]), i, 0)
+            one.value, one.visits = float(value[i]), int(total[i])
+            for action in np.flatnonzero(visits[:, i]):
+                child = reference.Node(np.zeros(ACTIONS), float(qvalues[action, i]), i, 1, 0.0, 1.0)
+                child.visits = int(visits[action, i])
+                one.children[action] = child
+            np.testing.assert_allclose(
+                np.asarray(found)[:, i], PLAIN[transform](x)(one), rtol=1e-4, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("machine", ["batches", pytest.param("alone", marks=pytest.mark.slow)])
-def test_gumbel_with_every_transform_is_the_reference(transform, machine, monkeypatch):
+def test_gumbel_with_every_transform_is_the_reference(machine, monkeypatch):
     if machine == "alone":
         monkeypatch.setattr(schedule, "CPU", schedule.Machine(128, 1, 1))
     plan = searcher(
-        search, "gumbel_muzero_policy", BATCH, NUM, OURS[transform], max_num_considered_actions=4
+        search, "gumbel_muzero_policy", BATCH, NUM, one_of, max_num_considered_actions=4
     )
+    for transform in OURS:
+        gumbel_as_reference(plan, transform)
+
+
+def gumbel_as_reference(plan, transform):
     for params, invalid, x in cases(transform):
         params = legal(of_actions(params))
-        out = plan(params, invalid, x)
+        out = plan(params, invalid, chosen(transform, x))
         noise = np.float64(out.search_tree.extra_data.root_gumbel)
         logits = np.float64(out.search_tree.children_prior_logits[:, 0])
+        step = step_of(params)
         for i in range(BATCH):
-            node = reference.Node(logits[i], float(params["value"][i]), i, 0)
+            root = reference.Node(logits[i], float(params["value"][i]), i, 0)
             visits, weights = reference.gumbel(
-                node, step_of(params), NUM, noise[i], 4, invalid[i], transform=PLAIN[transform](x)
+                root, step, NUM, noise[i], 4, invalid[i], transform=PLAIN[transform](x)
             )
             np.testing.assert_array_equal(out.search_tree.children_visits[i, 0], visits)
             np.testing.assert_allclose(out.action_weights[i], weights, atol=1e-4)
         assert_no_masked_action_below(out.search_tree)
 
 
-@pytest.mark.parametrize("transform", list(OURS))
-def test_puct_with_every_transform_is_the_reference(transform, monkeypatch):
+@pytest.mark.parametrize("transforms", [tuple(OURS), ("tree",)], ids=", ".join)
+def test_puct_with_every_transform_is_the_reference(transforms, monkeypatch):
     monkeypatch.setattr(puct, "tie_order", first_in_order)
-    plan = searcher(search, "muzero_policy", BATCH, NUM, OURS[transform])
+    make = by_tree if transforms == ("tree",) else one_of
+    plan = searcher(search, "muzero_policy", BATCH, NUM, make)
+    for transform in transforms:
+        puct_as_reference(plan, transform)
+
+
+def puct_as_reference(plan, transform):
     for params, invalid, x in cases(transform):
         params = legal(of_actions(params))
-        out = plan(params, invalid, x)
+        out, step = plan(params, invalid, chosen(transform, x)), step_of(params)
         logits = np.float64(out.search_tree.children_prior_logits[:, 0])
         for i in range(BATCH):
-            node = reference.Node(logits[i], float(params["value"][i]), i, 0)
+            root = reference.Node(logits[i], float(params["value"][i]), i, 0)
             visits = reference.muzero(
-                node, step_of(params), NUM, invalid[i], tree_range=transform == "tree",
+                root, step, NUM, invalid[i], tree_range=transform == "tree",
                 transform=PLAIN[transform](x),
             )  # fmt: skip
             np.testing.assert_array_equal(out.search_tree.children_visits[i, 0], visits)
@@ -113,45 +195,45 @@ def test_puct_with_every_transform_is_the_reference(transform, monkeypatch):
             assert_no_masked_action_below(out.search_tree)
 
 
-@pytest.mark.parametrize(
-    "transform",
-    ["siblings", "tree",
-     *(pytest.param(x, marks=pytest.mark.slow) for x in ("min_max", "mixed", "raw"))],
-)  # fmt: skip
-def test_stochastic_search_with_every_transform_is_the_reference(transform, monkeypatch):
+@pytest.mark.parametrize("transforms", [tuple(OURS), ("tree",)], ids=", ".join)
+def test_stochastic_search_with_every_transform_is_the_reference(transforms, monkeypatch):
     monkeypatch.setattr(puct, "tie_order", first_in_order)
     decide, answer = chance_functions(ACTIONS)
+    make = by_tree if transforms == ("tree",) else one_of
 
-    @jax.jit
+    @quick
     def plan(params, key, invalid, x):
         wide = root_of(params, BATCH)
         root = search.RootFnOutput(
             prior_logits=wide.prior_logits[:, :ACTIONS], value=wide.value, embedding=wide.embedding
         )
         return search.stochastic_muzero_policy(
-            params, key, root, decide, answer, NUM, invalid, qtransform=OURS[transform](x)
+            params, key, root, decide, answer, NUM, invalid, qtransform=make(x)
         )
 
+    for transform in transforms:
+        stochastic_as_reference(plan, transform)
+
+
+def stochastic_as_reference(plan, transform):
     for params, invalid, x in cases(transform):
         both = np.split(np.array(params["logits"]), [ACTIONS], axis=1)
         parts = [np.asarray(legal({"logits": part})["logits"]) for part in both]
-        params = {**params, "logits": jnp.asarray(np.concatenate(parts, axis=1))}
-        tree = plan(params, jax.random.key(5), jnp.asarray(invalid), jnp.float32(x)).search_tree
+        params = {**params, "logits": np.concatenate(parts, axis=1)}
+        x_of = np.float32(chosen(transform, x))
+        tree = plan(params, jax.random.key(5), jnp.asarray(invalid), x_of).search_tree
+        tree, steps = jax.tree.map(np.asarray, tree), chance_steps_of(params, ACTIONS)
         logits = np.float64(tree.children_prior_logits[:, 0])
         for i in range(BATCH):
-            node = reference.Node(logits[i], float(params["value"][i]), i, 0)
+            root = reference.Node(logits[i], float(params["value"][i]), i, 0)
             visits = reference.stochastic(
-                node, *chance_steps_of(params, ACTIONS), NUM, invalid[i],
+                root, *steps, NUM, invalid[i],
                 tree_range=transform == "tree", transform=PLAIN[transform](x),
             )  # fmt: skip
             np.testing.assert_array_equal(tree.children_visits[i, 0], visits)
 
 
-@pytest.mark.parametrize(
-    "transform",
-    ["siblings", *(pytest.param(x, marks=pytest.mark.slow) for x in ("min_max", "raw"))],
-)
-def test_sampled_search_with_every_transform_is_the_reference(transform):
+def test_sampled_search_with_every_transform_is_the_reference():
     def step(params, key, action, state):
         out, state = model(params, key, action.astype(jnp.int32), state)
         return search.SampledRecurrentFnOutput(
@@ -163,33 +245,40 @@ def test_sampled_search_with_every_transform_is_the_reference(transform):
         actions = jnp.arange(ACTIONS, dtype=jnp.float32)[None]
         return jnp.broadcast_to(actions, (state.shape[0], ACTIONS))
 
-    @jax.jit
+    @quick
     def plan(params, key, x):
         root = root_of(params, BATCH)
         return search.sampled_policy(
             params, key,
             search.SampledRootFnOutput(actions=candidates(root.embedding), value=root.value,
                                        prior_logits=root.prior_logits, embedding=root.embedding),
-            step, NUM, qtransform=OURS[transform](x),
+            step, NUM, qtransform=one_of(x),
         )  # fmt: skip
 
+    for transform in ("min_max", "siblings", "raw"):
+        sampled_as_reference(plan, transform)
+
+
+def sampled_as_reference(plan, transform):
     for params, _, x in cases(transform):
         params = legal(of_actions(params))
-        tree = plan(params, jax.random.key(5), jnp.float32(x)).search_tree
+        tree = plan(params, jax.random.key(5), np.float32(chosen(transform, x))).search_tree
+        tree, step = jax.tree.map(np.asarray, tree), step_of(params)
         noise = np.float64(tree.extra_data.root_gumbel)
         for i in range(BATCH):
-            logits, nothing = np.float64(params["logits"][i]), np.zeros(ACTIONS, bool)
-            node = reference.Node(logits, float(params["value"][i]), i, 0)
+            nothing = np.zeros(ACTIONS, bool)
+            logits = np.float64(params["logits"])[i]
+            root = reference.Node(logits, float(params["value"][i]), i, 0)
             visits, _ = reference.gumbel(
-                node, step_of(params), NUM, noise[i], ACTIONS, nothing,
+                root, step, NUM, noise[i], ACTIONS, nothing,
                 transform=PLAIN[transform](x),
             )  # fmt: skip
             np.testing.assert_array_equal(tree.children_visits[i, 0], visits)
 
 
 def assert_no_masked_action_below(tree):
-    masked = np.asarray(tree.children_prior_logits[:, 1:]) < -80
-    assert not np.asarray(tree.children_visits[:, 1:])[masked].any()
+    masked = np.asarray(tree.children_prior_logits)[:, 1:] < -80
+    assert not np.asarray(tree.children_visits)[:, 1:][masked].any()
 
 
 def one_legal(params, key, action, state):
@@ -205,7 +294,7 @@ def test_gumbel_stays_among_legal_actions_whatever_the_scale_of_values():
     """A completed value of an illegal action stands far above those of the legal one."""
     batch, num = 8, 240
 
-    @jax.jit
+    @quick
     def plan(key, value_scale):
         root = search.RootFnOutput(
             prior_logits=jnp.zeros((batch, ACTIONS)), value=jnp.ones(batch),
@@ -218,7 +307,7 @@ def test_gumbel_stays_among_legal_actions_whatever_the_scale_of_values():
 
     for scale in (0.1, 1.0, 100.0):
         tree = plan(jax.random.key(0), jnp.float32(scale)).search_tree
-        assert (np.asarray(tree.parents[:, 1:]) > 0).sum() > batch * num / 2
+        assert (np.asarray(tree.parents)[:, 1:] > 0).sum() > batch * num / 2
         assert_no_masked_action_below(tree)
 
 
@@ -255,18 +344,17 @@ def test_transforms_may_read_rewards_discounts_and_values(policy, machine, monke
         searcher(search, policy, BATCH, NUM, lambda _, read=read: visited_q(read))(params, invalid)
         for read in (from_parts, lambda tree, index: tree.qvalues(index))
     ]
-    np.testing.assert_array_equal(
-        *(np.asarray(out.search_tree.children_visits[:, 0]) for out in found)
-    )
-    assert (np.asarray(found[0].search_tree.children_visits[:, 0]) > 1).any()
+    visits = [out.search_tree.children_visits[:, 0] for out in found]
+    np.testing.assert_array_equal(*visits)
+    assert (visits[0] > 1).any()
 
 
 def test_a_search_goes_on_with_rewards_and_discounts():
     params = world(5, ACTIONS, 0.9, 1.0)
-    first = searcher(search, "muzero_policy", BATCH, NUM)(params).search_tree
-    action = jnp.argmax(first.children_visits[:, 0], axis=1).astype(jnp.int32)
+    first = plain("muzero_policy", BATCH, NUM)(params).search_tree
+    action = np.argmax(first.children_visits[:, 0], axis=1).astype(np.int32)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(quick, static_argnums=0)
     def plan(read, key, action):
         state = params["next"][jnp.arange(BATCH), action]
         root = search.RootFnOutput(

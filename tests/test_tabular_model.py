@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probes import quick
 from scipy import stats
 
 from mbrl_jax.models import tabular
@@ -27,15 +28,17 @@ transitions = st.lists(
 )
 
 
+observe = quick(lambda model, x, t: tabular.observe(model, x, A, t))
+recall = quick(tabular.recall)
+choose = quick(tabular.choose)
+
+
 def learn(empty, seen):
     model = empty(S, A)
-    observe = jax.jit(lambda model, x, t: tabular.observe(model, x, A, t))
     for t, (s, a, r, ns, goes_on) in enumerate(seen):
-        x = Transition(
-            jnp.int32(s), jnp.int32(a), jnp.float32(r), jnp.int32(ns), jnp.float32(goes_on)
-        )
-        model = observe(model, x, jnp.int32(t + 1))
-    return model
+        x = Transition(np.int32(s), np.int32(a), np.float32(r), np.int32(ns), np.float32(goes_on))
+        model = observe(model, x, np.int32(t + 1))
+    return jax.tree.map(np.asarray, model)
 
 
 @settings(deadline=None, max_examples=30)
@@ -63,8 +66,11 @@ def test_last_outcome_recalls_the_newest_and_counts_recall_the_mean(seen):
         newest[pair] = (r, ns, float(continues))
         rewards[pair].append(r)
         goes_on[pair][ns] += continues
-    last = tabular.recall(learn(tabular.init_last_outcome, seen), jnp.arange(S * A))
-    mean = tabular.recall(learn(tabular.init_counts, seen), jnp.arange(S * A))
+    pairs = np.arange(S * A, dtype=np.int32)
+    last, mean = (
+        jax.tree.map(np.asarray, recall(learn(empty, seen), pairs))
+        for empty in (tabular.init_last_outcome, tabular.init_counts)
+    )
     for pair in range(S * A):
         found = (last.reward[pair], last.next_state[pair], last.continues[pair])
         assert tuple(map(float, found)) == newest.get(pair, (0.0, pair // A, 1.0))
@@ -120,7 +126,7 @@ def test_samplers_draw_what_they_say_with_equal_chance(sampler):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.booleans(), min_size=2, max_size=6), st.floats(0, 1 - 2**-24, width=32))
 def test_choose_takes_a_true_entry_by_rank(mask, uniform):
-    chosen = int(tabular.choose(jnp.array(mask), jnp.float32(uniform)))
+    chosen = int(choose(np.array(mask), np.float32(uniform)))
     true = np.flatnonzero(mask)
     if true.size:
         assert chosen == true[min(int(np.float32(uniform) * np.float32(true.size)), true.size - 1)]
