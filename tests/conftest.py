@@ -5,6 +5,7 @@ import tempfile
 
 import jax
 import pytest
+from jaxlib.version import __version_info__ as jaxlib_version
 
 # one compilation cache for all workers and the processes that tests start; JAX writes entries in
 # place, and takes a lock for it only where the cache has a bound
@@ -13,8 +14,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
 )
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
 os.environ["JAX_PLATFORMS"] = "cpu"
-# most of the time is compilation: with less optimisation the suite takes about half of it
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+# most of the time is compilation: with less optimisation, and without XLA's fusion emitters, which
+# take longest, the suite needs a third of it; XLA ends the process at a flag that it does not know
+FLAGS = "--xla_backend_optimization_level=1"
+if jaxlib_version < (0, 11):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
