@@ -35,7 +35,7 @@ def scan(
     with all elementwise arithmetic that leads to them, as 32-bit words of one vector; so with what
     `body` gives beside the carry. A leaf that `body` hands on as it is stays outside the loop. The
     result has the same bits, and `body` is traced once more. SAC's step on Pendulum, compiled for
-    an H100, is 70 kernels in place of 109.
+    an H100, is 69 kernels in place of 109.
 
     Args:
       body: (carry, x) -> (carry, y).

@@ -242,3 +242,24 @@ def test_bad_input_is_told_in_one_line(call, message):
     with pytest.raises(InputError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("capacity", [5, 40, 9_000])
+def test_an_accelerators_sums_and_draws_are_those_of_a_cpu(capacity, monkeypatch):
+    rng = np.random.default_rng(capacity)
+    tree = prioritised.make(capacity)
+    index = jnp.asarray(rng.permutation(capacity)[: capacity // 2], jnp.int32)
+    # whole numbers, whose sums are exact in any order; some rows are taken out
+    value = jnp.asarray(rng.integers(0, 4, index.shape), jnp.float32)
+
+    def draws():
+        priorities = tree.set(tree.init(), index, value)
+        return priorities, tree.sample(priorities, jax.random.key(1), 300)
+
+    expected, (rows, chances) = draws()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got, (other_rows, other_chances) = draws()
+    for ours, theirs in zip(got.levels, expected.levels, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(other_rows, rows)
+    np.testing.assert_array_equal(other_chances, chances)

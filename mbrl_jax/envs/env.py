@@ -149,7 +149,8 @@ def step_batch(
     state, after = jax.vmap(env.step)(keys[:num_envs], batch.env, action)
     done = after.terminated | after.truncated
     # most steps end no episode, and a reset costs more than many a step; vmapped over seeds, where
-    # the predicate is batched, both sides run. The keys go in as words: no key may be selected.
+    # the predicate is batched, and on an accelerator both sides run (`cached_resets` helps where a
+    # reset is dear). The keys go in as words: no key may be selected.
     fresh_state, fresh_obs = loops.cond(
         jnp.any(done if batch.ended is None else batch.ended),
         lambda words: _fresh(env, batch.pool, jax.random.wrap_key_data(words, impl=impl)),
