@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mbrl_jax import lazy
+from mbrl_jax import lazy, xla
 
 if TYPE_CHECKING:
     from mbrl_jax import (
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mbrl_jax.runtime.loop import make_train
     from mbrl_jax.runtime.train import Result, train
     from mbrl_jax.types import InputError
+
+xla.avoid_wrong_sums()  # before the backend reads it
 
 __version__ = "0.1.0"
 __all__ = [

@@ -159,10 +159,13 @@ def _train(args: list[str]) -> int:
     )
     options = parse(options_type, args[1:], f"mbrl-jax train {args[0]}")
     _check_processes(options)
-    if definition.tabular:
-        from mbrl_jax.runtime.devices import loops_as_kernels
+    if definition.tabular or definition.dynamic_loops:
+        from mbrl_jax.runtime import devices
 
-        loops_as_kernels()
+        if definition.tabular:
+            devices.loops_as_kernels()
+        if definition.dynamic_loops:
+            devices.loops_as_graphs()
     _start_backend(options.cpu_devices, options.seeds // (options.num_processes or 1))
     if options.coordinator is not None:
         _join(options)

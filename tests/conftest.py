@@ -20,6 +20,7 @@ FLAGS = "--xla_backend_optimization_level=1"
 if jaxlib_version < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+import mbrl_jax  # noqa: E402, F401  # adds a flag of its own to those that are set
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,9 +31,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # the files that take longest, the longest first, so that no worker is left with one at the end
 LONGEST = (
-    "learning", "deep_agents", "runs", "search", "mbpo", "loop", "search_transforms", "fit", "x64",
-    "dyna", "readme_bits", "sharding", "search_inputs", "totals", "env", "kill", "saving",
-    "readme", "own_agents",
+    "learning", "deep_agents", "dreamer_agent", "dreamer_switches", "dreamer", "runs", "search",
+    "mbpo", "loop", "search_transforms", "fit", "x64", "dyna", "readme_bits", "sharding",
+    "search_inputs", "totals", "env", "kill", "saving", "readme", "own_agents",
 )  # fmt: skip
 
 
@@ -47,3 +48,17 @@ def lake():
     from mbrl_jax import make_env
 
     return make_env("FrozenLake-misc", is_slippery=False)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Programs of runs compile as those of `probes.quick`; for runs that are short."""
+    from probes import quick_functions
+
+    monkeypatch.setattr("mbrl_jax.runtime.reuse.compiled", quick_functions)
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Run folders without `curve.png`, which takes longer than a short run."""
+    monkeypatch.setattr("mbrl_jax.runtime.logs.draw_curve", lambda out, label: None)

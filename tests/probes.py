@@ -11,6 +11,7 @@ import optax
 from flax import struct
 
 from mbrl_jax.envs.env import Env
+from mbrl_jax.runtime import reuse
 from mbrl_jax.types import EnvSpec
 
 STATES = 3
@@ -159,6 +160,16 @@ def haste():
 def quick(function, **kwargs):
     """`jax.jit` with little optimisation, since most of these tests' time is compilation."""
     return jax.jit(function, compiler_options=haste(), **kwargs)
+
+
+usual_functions = reuse.compiled
+
+
+@functools.lru_cache(8)
+def quick_functions(init, period, mesh, mode):
+    """`reuse.compiled` with little optimisation."""
+    init, chunk = (function.__wrapped__ for function in usual_functions(init, period, mesh, mode))
+    return quick(init), quick(chunk, donate_argnums=0)
 
 
 def first_gradient(opt, b1=0.9):

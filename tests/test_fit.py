@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations, loops
 from probes import quick
 from scipy import stats
 
@@ -179,31 +180,6 @@ def test_a_growing_buffer_traces_once_and_seeds_under_vmap_are_seeds_alone():
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),
             many_seeds, alone,
         )  # fmt: skip
-
-
-def inner(eqn):
-    """The jaxprs within an equation."""
-    parts = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
-    return [getattr(part, "jaxpr", part) for part in parts if hasattr(part, "eqns")]
-
-
-def equations(jaxpr):
-    """Of a jaxpr and of what it calls, loops apart."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        if eqn.primitive.name not in ("while", "scan"):
-            for part in inner(eqn):
-                yield from equations(part)
-
-
-def loops(jaxpr):
-    """Every loop of a jaxpr, also within others, and its body."""
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name in ("while", "scan"):
-            yield eqn, eqn.params["body_jaxpr" if name == "while" else "jaxpr"].jaxpr
-        for part in inner(eqn):
-            yield from loops(part)
 
 
 def selected_in_gradient_steps(jaxpr, net):

@@ -25,6 +25,9 @@ class AgentDef(NamedTuple):
     tabular: bool = False
     """Whether a step is a few operations on a table, for which the command line asks XLA for whole
     loops as kernels (`runtime.devices.loops_as_kernels`)."""
+    dynamic_loops: bool = False
+    """Whether most of an update is in loops whose length only data tell, for which the command line
+    asks XLA for loops as CUDA graphs (`runtime.devices.loops_as_graphs`)."""
 
     def config_for(self, env: str | EnvSpec, **overrides: Any) -> Any:
         """The default config with the preset of the environment and then `overrides`.
@@ -71,6 +74,7 @@ _MODULES = {
     "sac": "sac",
     "pets": "pets",
     "mbpo": "mbpo",
+    "dreamer": "dreamer",
 }
 
 
@@ -95,9 +99,8 @@ class _Agents(Mapping[str, AgentDef]):
 
 AGENTS = _Agents()
 
-__getattr__, __dir__ = lazy.attach(
-    __name__, (*sorted(set(_MODULES.values())), "mbpo_presets", "sac_learner")
-)
+_PARTS = ("dreamer_config", "dreamer_losses", "dreamer_records", "mbpo_presets", "sac_learner")
+__getattr__, __dir__ = lazy.attach(__name__, (*sorted(set(_MODULES.values())), *_PARTS))
 
 
 def make_agent(name: str | AgentDef, spec: EnvSpec, config: Any = None) -> Agent:

@@ -393,5 +393,6 @@ AGENTS = {
         make,
         PRESETS,
         resolve,
+        dynamic_loops=True,
     )
 }

@@ -269,6 +269,11 @@ PRESETS = {
 
 AGENTS = {
     "pets": AgentDef(
-        "pets", "PETS: planning with a probabilistic ensemble", Config(), make, PRESETS
+        "pets",
+        "PETS: planning with a probabilistic ensemble",
+        Config(),
+        make,
+        PRESETS,
+        dynamic_loops=True,
     )
 }

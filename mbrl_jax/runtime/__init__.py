@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         logs,
         loop,
         plan,
+        reuse,
         train,
     )
 
@@ -28,6 +29,7 @@ __all__ = [
     "logs",
     "loop",
     "plan",
+    "reuse",
     "train",
 ]
 

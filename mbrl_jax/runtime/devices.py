@@ -20,6 +20,9 @@ T = TypeVar("T")
 SEED_MODES = ("auto", "vmap", "map")
 _EXTRA = "--xla_backend_extra_options"
 _LOOPS = f"{_EXTRA}=xla_cpu_small_while_loop_byte_threshold=1000000000"
+_COMMAND_BUFFER = "--xla_gpu_enable_command_buffer"
+GRAPHS = f"{_COMMAND_BUFFER}=+WHILE,+CONDITIONAL"
+"""XLA's own choice of what an NVIDIA GPU runs as a CUDA graph, and loops and conditionals."""
 
 
 def seed_mesh(num_seeds: int) -> Mesh:
@@ -59,6 +62,24 @@ def loops_as_kernels() -> None:
     Call it before anything runs in JAX, whose backend reads the variable once. It does nothing
     where the backend has started, or where XLA_FLAGS has other extra options.
     """
+    _ask(_EXTRA, _LOOPS)
+
+
+def loops_as_graphs() -> None:
+    """Asks XLA to run all loops on an NVIDIA GPU as CUDA graphs: no host between two turns.
+
+    XLA's own choice leaves out loops whose length only data tell, and starts their kernels from the
+    host, turn by turn: on an H200 MBPO takes 5 times as long that way. Agents without such loops
+    are as fast or a few per cent slower with the flag. Elsewhere it changes nothing.
+
+    Call it before anything runs in JAX, whose backend reads the environment variable XLA_FLAGS
+    once. It does nothing where the backend has started, or where XLA_FLAGS has that flag already.
+    """
+    _ask(_COMMAND_BUFFER, GRAPHS)
+
+
+def _ask(name: str, flags: str) -> None:
+    """Adds `flags` to XLA_FLAGS unless `name` is in it or the backend has started."""
     devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     try:
         # JAX takes another number only while its backend has not started
@@ -66,9 +87,9 @@ def loops_as_kernels() -> None:
     except RuntimeError:
         return
     jax.config.update("jax_num_cpu_devices", devices)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _EXTRA not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_LOOPS}".strip()
+    before = os.environ.get("XLA_FLAGS", "")
+    if name not in before:
+        os.environ["XLA_FLAGS"] = f"{before} {flags}".strip()
 
 
 def put_seeds(keys: jax.Array, mesh: Mesh) -> jax.Array:

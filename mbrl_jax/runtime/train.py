@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mbrl_jax.agents import AGENTS, AgentDef
 from mbrl_jax.envs import Env, make_env
-from mbrl_jax.runtime import devices, logs
+from mbrl_jax.runtime import devices, logs, reuse
 from mbrl_jax.runtime.folder import Saving, prepare
 from mbrl_jax.runtime.loop import Evaluate, Program, RunState, make_program
 from mbrl_jax.runtime.plan import Plan
@@ -79,6 +79,11 @@ def train(
     **overrides: Any,
 ) -> Result:
     """Trains `seeds` independent runs of an agent at once.
+
+    A process compiles a kind of run once: a later call with the same agent, environment (object),
+    static fields, evaluation and lengths of periods, whatever its seed, floats and total, uses the
+    program that there is. As under `jax.jit`, functions are taken to stay as they are; where one
+    was changed in place, `jax.clear_caches()` has all traced anew.
 
     Args:
       agent: a name in `AGENTS`, or a definition of one's own.
@@ -141,10 +146,8 @@ class Job(NamedTuple):
     mesh: Mesh
 
     def functions(self) -> tuple[Any, Any]:
-        """Compiled `init(keys, config)` and `chunk(run, config, index)`, which donates `run`."""
-        init = devices.over_seeds(self.program.init, self.mesh, self.mode, shared=1)
-        chunk = devices.over_seeds(self.program.period, self.mesh, self.mode, shared=2)
-        return jax.jit(init), jax.jit(chunk, donate_argnums=0)
+        """Jitted `init(keys, config)` and `chunk(run, config, index)`, which donates `run`."""
+        return reuse.compiled(self.program.init, self.program.period, self.mesh, self.mode)
 
     def keys(self) -> jax.Array:
         """[seeds] keys; run i has the same one for every number of seeds above i."""
@@ -153,8 +156,7 @@ class Job(NamedTuple):
 
     def like(self) -> RunState:
         """Shapes and shardings of the run state, for a restore."""
-        init = devices.over_seeds(self.program.init, self.mesh, self.mode, shared=1)
-        shapes = jax.eval_shape(init, self.keys(), traced(self.config))
+        shapes = self.functions()[0].eval_shape(self.keys(), traced(self.config))
         sharding = NamedSharding(self.mesh, PartitionSpec("seed"))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
@@ -184,7 +186,11 @@ def make_job(
     program = make_program(
         definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps, evaluate
     )
-    shapes = jax.eval_shape(program.init, jax.random.key(0), config)
+    built = definition.make(config, env.spec)
+    program = reuse.shared(
+        program, definition, env, config, built.schedule, eval_episodes, eval_max_steps, evaluate
+    )
+    shapes = reuse.alone(program.init).eval_shape(jax.random.key(0), config)
     run = {
         "agent": definition.name,
         "env": env.spec.id,
@@ -202,7 +208,6 @@ def make_job(
         run["evaluate"] = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
     devices.check_memory(shapes, seeds)
     mode = devices.seed_mode(seed_mode, shapes.agent)
-    built = definition.make(config, env.spec)
     run = json.loads(json.dumps(run))  # tuples as the lists that a file gives back
     return Job(run, env, built, program, config, mode, devices.seed_mesh(seeds))
 
