@@ -13,22 +13,13 @@ is saved when it ends, and when --seconds or a signal stops it; the same command
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import os
-import signal
-import statistics
-import threading
 from pathlib import Path
-from typing import Any
 
 import tyro
 from learning import QUICK
+from records import train_recorded
 
 import mbrl_jax
-from mbrl_jax.analysis.runs import read_run
-from mbrl_jax.runtime.logs import config_fields, describe_machine, write_whole
-from mbrl_jax.runtime.train import Stopped
 
 # Janner et al. (2019), on the HalfCheetah of their Gym: greedy returns after so many steps
 PUBLISHED = {"HalfCheetah-v5": {"50000": 7_900, "100000": 9_500}}
@@ -58,95 +49,29 @@ class Options:
     quick: bool = False
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run folder so far, one row each; none before the first is whole."""
-    try:
-        found = read_run(folder)
-    except ValueError:  # no row yet, or the last one is being written
-        return []
-    returns, wall = found["eval_return"], found["wall_seconds"]
-    return [
-        {
-            "env_steps": int(steps),
-            "wall_seconds": round(float(wall[0, i]), 3),
-            "eval_return": [float(f"{value:.6g}") for value in returns[:, i]],
-        }
-        for i, steps in enumerate(found["env_steps"])
-    ]
-
-
-def pace(rows: list[dict[str, Any]]) -> float | None:
-    """Median wall seconds of 1,000 steps between evaluations, the next evaluation included."""
-    each = [
-        1_000 * (b["wall_seconds"] - a["wall_seconds"]) / (b["env_steps"] - a["env_steps"])
-        for a, b in itertools.pairwise(rows)
-    ]
-    return statistics.median(each) if each else None
-
-
-def save(path: Path, folder: Path, fixed: dict[str, Any]) -> None:
-    """Writes the record, whole, with the curve that the run folder holds."""
-    rows = curve(folder)
-    if rows:
-        text = {**fixed, "seconds_per_1000_steps": pace(rows), "rows": rows}
-        write_whole(path, json.dumps(text, indent=1) + "\n")
-
-
-def follow(path: Path, folder: Path, fixed: dict[str, Any], ended: threading.Event) -> None:
-    """Saves the record again whenever the run has written an evaluation."""
-    metrics, seen = folder / "metrics.csv", 0.0
-    while not ended.wait(1.0):
-        changed = metrics.stat().st_mtime if metrics.exists() else 0.0
-        if changed != seen:
-            save(path, folder, fixed)
-            seen = changed
-
-
 def main(options: Options) -> int:
     """Trains, or goes on; -> 0, or 128 + the number of the signal that stopped it."""
     length = options.length
     label = "preset" if length is None else f"length_{length}"
-    folder = options.run or Path("runs", "mbpo_locomotion", f"{options.env}_{label}")
     overrides = dict(QUICK["mbpo"]) if options.quick else {}
     if options.quick:  # a number for each layer would not fit the tiny network
         overrides["model"] = {**overrides["model"], "weight_decay": (1e-5,)}
     if length is not None:
         overrides["rollout_length"] = (length, length)
-    config = mbrl_jax.AGENTS["mbpo"].config_for(options.env, **overrides)
-    names = ("total_steps", "seeds", "eval_every", "eval_episodes")
-    arguments = {name: getattr(options, name) for name in names}
-    settings = {"env": options.env, **arguments, "config": config_fields(config)}
-    fixed: dict[str, Any] = {"made": {**describe_machine(), "settings": settings}}
-    if options.env in PUBLISHED:
-        fixed["published"] = PUBLISHED[options.env]
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"mbpo_{options.env}_{label}.json"
-    ended = threading.Event()
-    writer = threading.Thread(target=follow, args=(path, folder, fixed, ended))
-    writer.start()
-    timer = None
-    if options.seconds is not None:
-        timer = threading.Timer(options.seconds, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.start()
-    try:
-        mbrl_jax.train(
-            "mbpo", options.env, out=folder, resume=(folder / "config.json").exists(),
-            progress=True,
-            # the imagined data of all seeds make a checkpoint large
-            checkpoint_every=options.total_steps, **arguments, **overrides,
-        )  # fmt: skip
-    except Stopped as stopped:
-        print(stopped)
-        return 128 + stopped.signum
-    finally:
-        if timer is not None:
-            timer.cancel()
-            timer.join()
-        ended.set()
-        writer.join()
-        save(path, folder, fixed)
-    print(f"written: {path}")
-    return 0
+    fixed = {"published": PUBLISHED[options.env]} if options.env in PUBLISHED else {}
+    return train_recorded(
+        "mbpo",
+        options.env,
+        options.out / f"mbpo_{options.env}_{label}.json",
+        options.run or Path("runs", "mbpo_locomotion", f"{options.env}_{label}"),
+        arguments={
+            name: getattr(options, name)
+            for name in ("total_steps", "seeds", "eval_every", "eval_episodes")
+        },
+        overrides=overrides,
+        fixed=fixed,
+        seconds=options.seconds,
+    )
 
 
 if __name__ == "__main__":

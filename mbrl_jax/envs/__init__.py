@@ -1,4 +1,4 @@
-"""Environments: gymnax's, Sutton and Barto's mazes, and exact tables of the finite ones.
+"""Environments: gymnax's and others behind its interface, and exact tables of the finite ones.
 
 gymnax starts the JAX backend when it is imported, so it loads at the first `make_env`.
 """
@@ -26,4 +26,6 @@ __all__ = [
     "value_iteration",
 ]
 
-__getattr__, __dir__ = lazy.attach(__name__, ("classic", "functions", "locomotion", "sutton"))
+__getattr__, __dir__ = lazy.attach(
+    __name__, ("classic", "craftax", "functions", "locomotion", "sutton")
+)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from gymnax.environments import CartPole, ContinuousMountainCar, spaces
 
+from mbrl_jax.envs.craftax import PIXELS, SYMBOLIC, CraftaxPixels, CraftaxSymbolic
 from mbrl_jax.envs.locomotion import HalfCheetah, Hopper, InvertedPendulum, Walker2d
 from mbrl_jax.envs.sutton import BlockingMaze, DynaMaze, ShortcutMaze
 
@@ -79,6 +80,8 @@ OURS = {
     "Hopper-v5": Hopper,
     "Walker2d-v5": Walker2d,
     "InvertedPendulum-v5": InvertedPendulum,
+    SYMBOLIC: CraftaxSymbolic,
+    PIXELS: CraftaxPixels,
 }
 
 

@@ -7,6 +7,7 @@ the next episode themselves, so that the true successor of every step stays visi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +88,15 @@ class Env:
         unit = (action - low) / (high - low)
         return native_low + unit * (native_high - native_low)
 
+    @property
+    def costly_reset(self) -> bool:
+        """Whether a batch makes only those resets that an ended episode needs, a few at a time.
+
+        An environment whose reset costs more than a step says so: `costly_reset = True` in its
+        class. The starts are the same either way.
+        """
+        return getattr(self.base, "costly_reset", False)
+
     def carry_over(self, state: PyTree, reset_state: PyTree) -> PyTree:
         """`reset_state` with whatever of `state` survives an episode's end (a run-long clock)."""
         keep = getattr(self.base, "carry_over", None)
@@ -148,15 +158,20 @@ def step_batch(
     keys, impl = prng.split(key, 2 * num_envs), jax.random.key_impl(key)
     state, after = jax.vmap(env.step)(keys[:num_envs], batch.env, action)
     done = after.terminated | after.truncated
-    # most steps end no episode, and a reset costs more than many a step; vmapped over seeds, where
-    # the predicate is batched, and on an accelerator both sides run (`cached_resets` helps where a
-    # reset is dear). The keys go in as words: no key may be selected.
-    fresh_state, fresh_obs = loops.cond(
-        jnp.any(done if batch.ended is None else batch.ended),
-        lambda words: _fresh(env, batch.pool, jax.random.wrap_key_data(words, impl=impl)),
-        lambda words: (batch.env, batch.obs),
-        jax.random.key_data(keys[num_envs:]),
-    )
+    over = done if batch.ended is None else batch.ended
+    running = (batch.env, batch.obs)
+    # the keys go in as words: no key may be selected
+    words = jax.random.key_data(keys[num_envs:])
+
+    def fresh(words: jax.Array) -> tuple[PyTree, PyTree]:
+        return _fresh(env, batch.pool, jax.random.wrap_key_data(words, impl=impl))
+
+    if env.costly_reset and batch.pool is None:
+        fresh_state, fresh_obs = _fill_where(over, fresh, words, running)
+    else:
+        # most steps end no episode, and a reset costs more than many a step; vmapped over seeds,
+        # where the predicate is batched, and on an accelerator both sides run
+        fresh_state, fresh_obs = loops.cond(jnp.any(over), fresh, lambda words: running, words)
     fresh_state = jax.vmap(env.carry_over)(state, fresh_state)
     if batch.ended is None:
         never = jnp.zeros(num_envs, bool)
@@ -185,6 +200,29 @@ def _fresh(env: Env, pool: PyTree, keys: jax.Array) -> tuple[PyTree, PyTree]:
         return jax.vmap(env.reset)(keys)
     index = jax.vmap(lambda key: jax.random.randint(key, (), 0, env.cached_resets))(keys)
     return jax.tree.map(lambda leaf: leaf[index], pool)
+
+
+def _fill_where(
+    mask: jax.Array, make: Callable[[jax.Array], PyTree], args: jax.Array, rows: PyTree
+) -> PyTree:
+    """`rows` [N, ...] with those where `mask` [N] holds as `make(args)` makes them; others may be.
+
+    `make` gets some rows of `args` [N, ...] at a time, in as many turns as it takes: none where no
+    row is to be made, and under `vmap` as many as the fullest mask needs.
+    """
+    num = mask.shape[0]
+    # one turn does where episodes last 64 steps or more
+    at_once = -(-num // 64)
+    order = jnp.argsort(~mask)
+
+    def turn(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        made, rows = carry
+        index = order[(made + jnp.arange(at_once, dtype=jnp.int32)) % num]
+        new = make(args[index])
+        return made + at_once, jax.tree.map(lambda row, x: row.at[index].set(x), rows, new)
+
+    wanted = jnp.sum(mask, dtype=jnp.int32)
+    return jax.lax.while_loop(lambda carry: carry[0] < wanted, turn, (jnp.int32(0), rows))[1]
 
 
 def _select(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:

@@ -25,10 +25,13 @@ _NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
 def list_envs() -> list[str]:
     """The ids that `make_env` knows."""
     gymnax = _gymnax()
-    from mbrl_jax.envs import locomotion
+    from mbrl_jax.envs import craftax, locomotion
 
-    missing = () if locomotion.available() else locomotion.ROBOTS
-    left_out = {*_NEEDS_DOWNLOAD, *missing}
+    left_out = set(_NEEDS_DOWNLOAD)
+    if not locomotion.available():
+        left_out.update(locomotion.ROBOTS)
+    if not craftax.available():
+        left_out.update(craftax.ENVS)
     return sorted(env for env in gymnax.registered_envs if env not in left_out)
 
 
@@ -250,10 +253,12 @@ def _freeze(value: Any) -> Any:
 
 def _factory(id: str) -> Any:
     gymnax = _gymnax()
-    from mbrl_jax.envs import locomotion
+    from mbrl_jax.envs import craftax, locomotion
 
     if id in locomotion.ROBOTS:
         locomotion.require()
+    if id in craftax.ENVS:
+        craftax.require()
     if id not in list_envs():
         raise unknown("environment", id, list_envs())
     from mbrl_jax.envs.classic import MountainCarContinuous
