@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from goldens import golden, part
 
-from mbrl_jax.nn.optimiser import adam, flat, flattened
+from mbrl_jax.nn.optimiser import adam, clip_by_tensor, flat, laprop
+from mbrl_jax.nn.schedules import warm_up
 
 
 def slow_adam(theta, grads, rates, b1, b2, eps, longest, decay):
@@ -108,6 +110,14 @@ def test_one_vector_holds_all_leaves_in_order_on_every_backend(backend):
     assert ("concatenate" in text) == (backend == "gpu")
 
 
+def test_a_vector_of_many_leaves_is_written_in_groups(capfd):
+    """XLA complains on stderr of a chain of more than 50 slices, and its errors are the user's."""
+    leaves = [jnp.full((1, i % 3 + 1), float(i)) for i in range(100)]
+    vector = jax.jit(lambda leaves: flat(leaves))(leaves)
+    np.testing.assert_array_equal(vector, np.concatenate([x.ravel() for x in leaves]))
+    assert "circular" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("longest", "decay"), [(None, None), (0.7, 0.1)])
 def test_a_step_and_its_state_are_the_same_on_every_backend(monkeypatch, longest, decay):
     """So that a checkpoint moves between devices."""
@@ -129,27 +139,9 @@ def test_a_step_and_its_state_are_the_same_on_every_backend(monkeypatch, longest
     assert not np.allclose(params["scale"], PARAMS["scale"])
 
 
-def clipped_by_tensor(ratio, floor):
-    """g / max(1, |g| / (ratio max(floor, |p|))), with the norms of whole tensors."""
-
-    def update(grads, state, params):
-        def one(g, p):
-            longest = ratio * jnp.maximum(floor, jnp.linalg.norm(p))
-            return g / jnp.maximum(1.0, jnp.linalg.norm(g) / longest)
-
-        return jax.tree.map(one, grads, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def test_a_rule_of_each_tensor_stands_before_the_flat_part(backend):
     """Clipping by tensor, then RMS scaling, then momentum: the optimiser of DreamerV3."""
-    inner = optax.chain(
-        optax.scale_by_rms(decay=0.9, eps=1e-20, eps_in_sqrt=False, bias_correction=True),
-        optax.ema(0.8),
-        optax.scale_by_learning_rate(0.1),
-    )
-    optimiser = optax.chain(clipped_by_tensor(0.3, 1e-3), flattened(inner))
+    optimiser = laprop(0.1, b1=0.8, b2=0.9)
     update = jax.jit(optimiser.update)
     params, state = PARAMS, optimiser.init(PARAMS)
     slow, structure = jax.tree.flatten(jax.tree.map(np.float64, PARAMS))
@@ -169,3 +161,48 @@ def test_a_rule_of_each_tensor_stands_before_the_flat_part(backend):
     assert short == {True, False}
     vectors = [x.shape for x in jax.tree.leaves(state) if x.ndim]
     assert vectors == [(17,), (17,)], "the elementwise part keeps one vector of each moment"
+
+
+@pytest.mark.parametrize(
+    ("setting", "rate", "steps"),
+    [("default", 4e-5, 1000.0), ("fast", 1e-2, 4.0), ("nowarm", 1e-2, 0.0)],
+)
+def test_laprop_with_its_warm_up_gives_the_authors_numbers(setting, rate, steps):
+    """Ten updates, the first of which has a rate of zero."""
+    got = golden("g2_optimiser")
+    params = part(got, "param0.")
+    state = laprop(0.0).init(params)
+
+    @jax.jit
+    def step(params, state, grads, n):
+        moves, state = laprop(warm_up(rate, steps, n)).update(grads, state, params)
+        return optax.apply_updates(params, moves), state, moves
+
+    for n in range(10):
+        params, state, moves = step(params, state, part(got, f"grad{n + 1}."), jnp.int32(n))
+        expected = part(got, f"{setting}.update{n + 1}.")
+        assert expected.keys() == params.keys()
+        for name in expected:
+            np.testing.assert_allclose(moves[name], expected[name], rtol=2e-5, atol=1e-5 * rate)
+        if n == 0 and steps:
+            assert not any(np.any(move) for move in moves.values())
+        after = part(got, f"{setting}.params_after{n + 1}.")
+        for name in after:
+            np.testing.assert_allclose(params[name], after[name], rtol=1e-5, atol=1e-6)
+    for moment in ("nu", "mu"):
+        after = part(got, f"{setting}.{moment}_after10.")
+        vector = np.concatenate([after[name].ravel() for name in sorted(params)])
+        found = optax.tree_utils.tree_get(state, {"nu": "nu", "mu": "ema"}[moment])
+        np.testing.assert_allclose(found, vector, rtol=1e-4, atol=1e-9)
+
+
+def test_clipping_takes_the_norms_of_whole_tensors():
+    got = golden("g2_optimiser")
+    clip = clip_by_tensor(0.3, 1e-3)
+    params = part(got, "param0.")
+    for number in (1, 7):
+        clipped, _ = clip.update(part(got, f"grad{number}."), clip.init(params), params)
+        for name, expected in part(got, f"agc_of_grad{number}_at_param0.").items():
+            np.testing.assert_allclose(clipped[name], expected, rtol=1e-5)
+    changed = [name for name in params if not np.allclose(clipped[name], got[f"grad7.{name}"])]
+    assert 0 < len(changed) < len(params)

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
         oracle,
         rollout,
         rollout_rules,
+        rssm,
+        rssm_actions,
+        rssm_codec,
+        rssm_forecast,
+        rssm_heads,
+        rssm_latents,
+        rssm_layers,
+        rssm_params,
         tabular,
     )
 
@@ -28,6 +36,14 @@ __all__ = [
     "oracle",
     "rollout",
     "rollout_rules",
+    "rssm",
+    "rssm_actions",
+    "rssm_codec",
+    "rssm_forecast",
+    "rssm_heads",
+    "rssm_latents",
+    "rssm_layers",
+    "rssm_params",
     "tabular",
 ]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         precision,
         returns,
         schedules,
+        two_hot,
     )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "precision",
     "returns",
     "schedules",
+    "two_hot",
 ]
 
 __getattr__, __dir__ = lazy.attach(__name__, tuple(__all__))

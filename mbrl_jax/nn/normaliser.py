@@ -1,4 +1,4 @@
-"""Running mean and variance of observations or returns, as a pytree."""
+"""Running mean and variance of observations or returns, and their running range, as pytrees."""
 
 from __future__ import annotations
 
@@ -52,3 +52,36 @@ def normalise(stats: Stats, x: jax.Array, clip: Scalar = 10.0) -> jax.Array:
     mean = stats.mean.reshape((1,) * ndim + stats.mean.shape)
     std = jnp.sqrt(stats.var + 1e-8).reshape(mean.shape)
     return jnp.clip((x.astype(jnp.float32) - mean) / std, -clip, clip)
+
+
+class Range(NamedTuple):
+    """Running averages of a low and a high percentile; 8 bytes."""
+
+    low: jax.Array  # [] float32
+    high: jax.Array  # [] float32
+
+
+def init_range() -> Range:
+    """Both ends 0: early ranges are too small, as the averages are not corrected for it."""
+    return Range(jnp.float32(0), jnp.float32(0))
+
+
+@in_32_bits
+def update_range(
+    range_: Range, values: jax.Array, rate: Scalar = 0.01, low: Scalar = 5.0, high: Scalar = 95.0
+) -> Range:
+    """Moves the ends towards the percentiles of `values` (Hafner et al. 2025, (7)).
+
+    Args:
+      range_: before.
+      values: [...] float32; percentiles are interpolated linearly between order statistics.
+      rate: the share of the new percentiles.
+      low, high: the percentiles, in percent.
+    """
+    ends = jnp.percentile(values, jnp.asarray([low, high], jnp.float32))
+    return Range(*((1.0 - rate) * old + rate * new for old, new in zip(range_, ends, strict=True)))
+
+
+def width(range_: Range, least: Scalar = 1.0) -> jax.Array:
+    """high - low, and at least `least`, so that small returns are not blown up: [] float32."""
+    return jnp.maximum(range_.high - range_.low, least)

@@ -1,6 +1,6 @@
-"""The agents' optimiser: Adam with optional clipping, decay and schedule, over optax.
+"""The agents' optimisers over optax: Adam with optional clipping and decay, and DreamerV3's LaProp.
 
-It is built anew wherever it is used, from numbers that may be traced; only its state is kept.
+They are built anew wherever it is used, from numbers that may be traced; only its state is kept.
 """
 
 from __future__ import annotations
@@ -36,6 +36,56 @@ def adam(
     if weight_decay is not None:
         parts.append(optax.add_decayed_weights(weight_decay))
     return flattened(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+
+
+def laprop(
+    learning_rate: Scalar,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-20,
+    clip: Scalar = 0.3,
+    clip_floor: Scalar = 1e-3,
+) -> optax.GradientTransformation:
+    """The optimiser of DreamerV3: adaptive clipping, then RMS scaling, then momentum.
+
+    LaProp (Ziyin, Wang and Ueda 2020, "LaProp: separating momentum and adaptivity in Adam") divides
+    by the root of the second moment before the average of the gradients, where Adam does so after
+    it; both moments are corrected for their start at zero. The settings are those of Hafner et al.
+    (2025), "Mastering diverse control tasks through world models".
+
+    Args:
+      learning_rate: may be a schedule's value at this step.
+      b1: decay of the average of the scaled gradients.
+      b2: decay of the average of the squared gradients.
+      eps: added to the root of the second moment.
+      clip, clip_floor: as in `clip_by_tensor`, which comes first.
+    """
+    scaled = optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True)
+    rest = optax.chain(scaled, optax.ema(b1), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(clip_by_tensor(clip, clip_floor), flattened(rest))
+
+
+def clip_by_tensor(clip: Scalar, floor: Scalar) -> optax.GradientTransformation:
+    """Adaptive gradient clipping with the norms of whole tensors, as DreamerV3 has it.
+
+    A gradient g of a tensor p becomes g / max(1, |g| / (clip max(floor, |p|))). Brock et al.
+    (2021), "High-performance large-scale image recognition without normalization", and
+    `optax.adaptive_grad_clip` take the norms of each unit instead.
+
+    Args:
+      clip: the longest gradient in units of the tensor's norm.
+      floor: the least norm of a tensor that counts, so that a bias may leave zero.
+    """
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        def one(grad: jax.Array, param: jax.Array) -> jax.Array:
+            longest = clip * jnp.maximum(floor, jnp.sqrt(jnp.sum(jnp.square(param))))
+            return grad / jnp.maximum(1.0, jnp.sqrt(jnp.sum(jnp.square(grad))) / longest)
+
+        return jax.tree.map(one, grads, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def flattened(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -77,9 +127,22 @@ def flat(tree: PyTree) -> jax.Array:
     if jax.default_backend() != "cpu":
         return ravel_pytree(tree)[0]
     leaves = jax.tree.leaves(tree)
-    vector = jnp.zeros((sum(leaf.size for leaf in leaves), 1), jnp.result_type(*leaves))
+    dtype = jnp.result_type(*leaves)
+    return _joined([leaf.reshape(-1, 1).astype(dtype) for leaf in leaves])[:, 0]
+
+
+# XLA simplifies a chain of slices one after another, and complains after 50
+_CHAIN = 32
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    """Columns [P, 1] below each other, written slice by slice."""
+    if len(parts) > _CHAIN:
+        groups = [parts[i : i + _CHAIN] for i in range(0, len(parts), _CHAIN)]
+        return _joined([_joined(group) for group in groups])
+    column = jnp.zeros((sum(part.shape[0] for part in parts), 1), parts[0].dtype)
     start = 0
-    for leaf in leaves:
-        vector = write_slice(vector, leaf.reshape(-1, 1).astype(vector.dtype), start)
-        start += leaf.size
-    return vector[:, 0]
+    for part in parts:
+        column = write_slice(column, part, start)
+        start += part.shape[0]
+    return column

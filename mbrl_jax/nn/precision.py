@@ -12,10 +12,26 @@ bfloat16 (7 bits). The policy of this package:
   weights. They are narrow, and cost next to nothing.
 
 A CPU computes both in full float32, with the same bits.
+
+Networks that are large enough may compute in bfloat16, with parameters, statistics and losses in
+float32: `compute_dtype` chooses.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 FULL = jax.lax.Precision.HIGHEST
+
+
+def compute_dtype(dtype: Any = None) -> Any:
+    """The dtype that hidden layers compute in: `dtype`, or the backend's own where it is None.
+
+    That is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 takes 1.7 times as long.
+    """
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -47,3 +47,30 @@ def discounted_returns(
         return jnp.where(done, 0.0, total), total
 
     return jax.lax.scan(one, start, (reward, done), unroll=8)
+
+
+@in_32_bits
+def lambda_returns(
+    reward: jax.Array, discount: jax.Array, value: jax.Array, lam: Scalar | jax.Array
+) -> jax.Array:
+    """TD(lambda) returns: G_t = r_{t+1} + d_{t+1} ((1 - lam) v_{t+1} + lam G_{t+1}), [T, ...].
+
+    The last of the T returns goes on with the value alone: G_{T-1} = r_T + d_T v_T. Sutton and
+    Barto (2018), (12.18), with a discount that may differ by state.
+
+    Args:
+      reward: [T, ...] float32, r_1 to r_T, earned on the way into states 1 to T.
+      discount: [T, ...] float32, d_1 to d_T, of what comes after states 1 to T; 0 where the task
+        has ended there.
+      value: [T, ...] float32, v_1 to v_T, the estimates of what comes after states 1 to T.
+      lam: [], or [T, ...] where it differs by state: 0 where the next reward belongs to another
+        episode.
+    """
+
+    def one(after: jax.Array, x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        reward, discount, value, lam = x
+        total = reward + discount * ((1.0 - lam) * value + lam * after)
+        return total, total
+
+    lam = jnp.broadcast_to(lam, reward.shape)
+    return jax.lax.scan(one, value[-1], (reward, discount, value, lam), reverse=True)[1]
