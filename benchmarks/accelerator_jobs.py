@@ -27,6 +27,11 @@ MBPO = (
     "mbrl_jax/agents/mbpo.py", "mbrl_jax/agents/mbpo_presets.py", "mbrl_jax/agents/sac_learner.py",
     "mbrl_jax/models", *LEARNERS,
 )  # fmt: skip
+DREAMER = (
+    "mbrl_jax/agents/dreamer.py", "mbrl_jax/agents/dreamer_config.py",
+    "mbrl_jax/agents/dreamer_losses.py", "mbrl_jax/agents/dreamer_records.py",
+    "mbrl_jax/models", *LEARNERS,
+)  # fmt: skip
 ROBOTS = (*MBPO, "mbrl_jax/envs/locomotion.py")
 
 
@@ -128,10 +133,25 @@ def learning(name: str, measures: str, options: str, minutes: float) -> Job:
     )  # fmt: skip
 
 
+def dreamer(size: str, kind: str, minutes: float) -> Job:
+    """A size of bench_dreamer.py; the whole loop too where it sees a vector."""
+    loops = " --loops" if kind == "vector" and size != "200m" else ""
+    return Job(
+        f"dreamer_{size}_{kind}",
+        f"Dreamer {size}, {kind}: an update, its parts, 1 and 8 seeds" + ", the loop" * bool(loops),
+        "benchmarks/bench_dreamer.py", f"--sizes {size} --kinds {kind} --seeds 1 8{loops}",
+        "--quick --repeats 1 --loops", minutes, DREAMER, least=1.5,
+    )  # fmt: skip
+
+
 POLICIES, FUNCTIONS = ("gumbel_muzero_policy", "muzero_policy"), ("trivial", "mlp", "residual")
 JOBS: tuple[Job, ...] = (
     search("puct_residual_1024", "PUCT, residual, 1024 roots: 9 cells, 7 of them never measured",
            "--policies muzero_policy --functions residual --batches 1024 --tables rows", 2.5),
+    Job("flags", "XLA's flags, periods of six agents, 1 and 16 seeds: 12 rows",
+        "benchmarks/bench_flags.py", "--processes {processes}",
+        "--quick --repeats 1 --agents dqn --seeds 2", 3.0,
+        ("mbrl_jax/agents", "mbrl_jax/runtime", *MODELS, *LEARNERS), least=1.5),
     mbpo("cheetah_seconds", "HalfCheetah-v5, the paper's settings, 5 seeds: seconds of 1,000 steps",
          "--sizes HalfCheetah-v5 --seeds 5 --repeats 2", 5.0, "envs"),
     search("800", "both searches of 800 simulations, trivial: 18 cells",
@@ -142,6 +162,8 @@ JOBS: tuple[Job, ...] = (
          "--sizes Pendulum --seeds 1 16 256 --repeats 3", 4.0),
     *(model_free(agent, seeds, cells) for seeds in (1, 16, 256)
       for agent, cells in (("sac", 2), ("dqn", 3), ("ppo", 3))),
+    dreamer("1m", "vector", 4.0), dreamer("12m", "vector", 4.0), dreamer("1m", "image", 4.0),
+    dreamer("50m", "vector", 5.0), dreamer("200m", "vector", 6.0), dreamer("12m", "image", 5.0),
     mbpo("size", "the whole loop, HalfCheetah's size, 1 and 16 seeds",
          "--sizes HalfCheetah --seeds 1 16 --repeats 3", 4.0),
     *(learning(f"hopper_length_{n}", f"Hopper-v5, rollouts of {n}, 3 seeds: returns to 50k steps",

@@ -34,7 +34,18 @@ import jax
 import jax.numpy as jnp
 import peer_process
 from bench_models import MBRL_LIB, MBRL_LIB_NEEDS
-from common import HERE, Record, against, line, markdown, options, ratio_text, start_jax, timed
+from common import (
+    HERE,
+    Record,
+    against,
+    alternate,
+    line,
+    markdown,
+    options,
+    ratio_text,
+    start_jax,
+    timed,
+)
 from peer_process import Peer
 
 from mbrl_jax import AGENTS, make_env
@@ -183,7 +194,8 @@ def parts(size: dict[str, Any], repeats: int) -> dict[str, float]:
     for name, (times, fn, *args) in calls.items():
         ready = jax.jit(fn)
         timed(ready, *args)
-        found[name] = times * statistics.median(timed(ready, *args)[0] for _ in range(repeats))
+        seconds = alternate({name: lambda one=ready, args=args: timed(one, *args)[0]}, repeats)
+        found[name] = times * statistics.median(seconds[name])
     return found
 
 

@@ -30,7 +30,6 @@ mctx comes with the extra `dev`, or `peers`. Writes benchmarks/results/bench_sea
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import itertools
 import math
@@ -41,7 +40,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,7 +47,20 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
-from common import Record, alternate, line, markdown, options, ratio_text, ratios, start_jax, timed
+from common import (
+    ALONE,
+    Record,
+    alone,
+    alternate,
+    launched,
+    line,
+    markdown,
+    options,
+    ratio_text,
+    ratios,
+    start_jax,
+    timed,
+)
 from search_models import FUNCTIONS, STATE, weights
 
 from mbrl_jax import search
@@ -63,8 +74,6 @@ MANY, MOST_EDGES = 800, 5_000
 most, beyond which a search of mctx takes minutes."""
 TABLES = ("seeds", "levels", "rows", "many")
 """What can be measured; `many` are the rows of MANY simulations."""
-alone: Any = contextlib.nullcontext()
-"""Held while something is measured: a lock where processes share the machine."""
 
 
 def searched(library: ModuleType, policy: str, function: str, num_simulations: int) -> Callable:
@@ -123,7 +132,7 @@ def cell(
     args = arguments(num_actions, batch)
     runs = [searched(library, policy, function, num_simulations) for library in (search, mctx)]
     sides = [compiled(lambda *x, run=run: advice(run(*x)), args) for run in runs]
-    with alone:
+    with alone():
         visits = [np.asarray(one["run"](*args)[2]) for one in sides]
         times = in_turn([lambda one=one: one["run"](*args) for one in sides], repeats)
     row = {
@@ -137,21 +146,6 @@ def cell(
     return row
 
 
-def launched(run: Callable[[], Any]) -> tuple[int, int]:
-    """Kernels that one run starts on the accelerator, copies among them; numbers the host reads."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(path)).planes
-        names = [
-            event.name for plane in planes if plane.name.startswith("/device:")
-            for line in plane.lines if line.name.startswith("Stream") for event in line.events
-        ]  # fmt: skip
-    read = sum("D2H" in name for name in names)
-    return len(names) - read, read
-
-
 def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> dict[str, Any]:
     """Calls of the network, levels and kernels, one after another, of both libraries."""
     args = arguments(num_actions, batch)
@@ -159,11 +153,11 @@ def levels(policy: str, batch: int, num_simulations: int, num_actions: int) -> d
     for name, library in (("", search), ("mctx_", mctx)):
         run = searched(library, policy, "mlp", num_simulations)
         tree = compiled(lambda *x, run=run: run(*x).search_tree, args)["run"]
-        with alone:
+        with alone():
             depth.append(np.asarray(node_depths(tree(*args)))[:, 1:].max(axis=0))
         if jax.default_backend() != "cpu":
             ready = compiled(lambda *x, run=run: advice(run(*x)), args)["run"]
-            with alone:
+            with alone():
                 jax.block_until_ready(ready(*args))
                 found = launched(lambda ready=ready: ready(*args))
             counted |= {f"{name}kernels": found[0], f"{name}host_reads": found[1]}
@@ -213,7 +207,7 @@ def seeds(policy: str, function: str, batch: int, num_simulations: int, repeats:
 
     def ratio(run: Callable) -> dict[str, Any]:
         single, mapped = compiled(run, whole)["run"], compiled(jax.vmap(run), apart)["run"]
-        with alone:
+        with alone():
             return in_turn([lambda: single(*whole), lambda: mapped(*apart)], repeats)
 
     run = searched(search, policy, function, num_simulations)
@@ -279,12 +273,6 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def worker(lock: Any) -> None:
-    global alone
-    alone = lock
-    start_jax()
-
-
 def measured(task: tuple[Any, ...]) -> dict[str, Any]:
     function, *sizes = task
     row = function(*sizes)
@@ -295,15 +283,17 @@ def measured(task: tuple[Any, ...]) -> dict[str, Any]:
 def rows(tasks: list[tuple[Any, ...]], processes: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The numbers of tasks (function, *its arguments) and what they give, as it comes."""
     if processes == 1:
-        worker(alone)
+        start_jax()
         yield from ((i, measured(task)) for i, task in enumerate(tasks))
         return
     # started anew, since a fork of a process that has started XLA may hang
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, worker, (spawn.Lock(),)) as pool:
-        waiting = {pool.submit(measured, task): i for i, task in enumerate(tasks)}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault(ALONE, os.path.join(folder, "lock"))
+        with ProcessPoolExecutor(processes, spawn, start_jax) as pool:
+            waiting = {pool.submit(measured, task): i for i, task in enumerate(tasks)}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
 
 
 def main() -> None:

@@ -6,11 +6,14 @@ Workers of peers import this file too, so it needs nothing installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,30 @@ def seed_modes(seeds: int, quick: bool = False) -> tuple[str, ...]:
     return ("map",) if seeds == 1 or quick else ("map", "vmap")
 
 
+ALONE = "MBRL_JAX_BENCHMARK_LOCK"
+"""The environment variable with the path of the lock of `alone`."""
+_held = 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Holds the machine while something is measured, where other benchmarks run beside this one.
+
+    They compile side by side and measure in turn, if all find the same file's path in the
+    environment variable ALONE; without it nothing is waited for. It may be entered again inside.
+    """
+    global _held
+    path = os.environ.get(ALONE)
+    with open(path, "a") if path and not _held else contextlib.nullcontext() as file:
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        _held += 1
+        try:
+            yield
+        finally:
+            _held -= 1
+
+
 def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     """Seconds until what `fn` gives, a tree of JAX arrays, is there; and that."""
     import jax
@@ -63,6 +90,23 @@ def timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     out = jax.block_until_ready(fn(*args))
     return time.perf_counter() - start, out
+
+
+def launched(run: Callable[[], Any]) -> tuple[int, int]:
+    """Kernels that one run starts on the accelerator, copies among them; numbers the host reads."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        names = [
+            event.name for plane in planes if plane.name.startswith("/device:")
+            for line in plane.lines if line.name.startswith("Stream") for event in line.events
+        ]  # fmt: skip
+    read = sum("D2H" in name for name in names)
+    return len(names) - read, read
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -73,9 +117,10 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
       repeats: measurements of each side.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            times[name].append(run())
+    with alone():
+        for _ in range(repeats):
+            for name, run in sides.items():
+                times[name].append(run())
     return times
 
 

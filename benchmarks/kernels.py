@@ -37,6 +37,7 @@ CASES = {
     "sac": Case("Pendulum-v1", 100),
     "pets": Case("Pendulum-v1", 100),
     "mbpo": Case("Pendulum-v1", 100),
+    "dreamer": Case("CartPole-v1", 2),  # of the published size 1m, 16 windows of 64 records
 }
 
 

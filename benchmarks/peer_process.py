@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,20 @@ class PeerError(RuntimeError):
 class Peer:
     """A worker that has loaded one run; idle until it is asked for `seconds`."""
 
-    def __init__(self, python: str | Path, script: Path, **request: Any):
+    def __init__(
+        self,
+        python: str | Path,
+        script: Path,
+        environment: Mapping[str, str] | None = None,
+        **request: Any,
+    ):
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in `close`
         # what leads our own interpreter to its packages must not lead another one there
         own = Path(python) == Path(sys.executable)
         variables = {k: v for k, v in os.environ.items() if own or k != "PYTHONPATH"}
         self._process = subprocess.Popen(
             [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, text=True, env=variables,
+            stderr=self._errors, text=True, env=variables | dict(environment or {}),
         )  # fmt: skip
         try:
             self.info = self._ask({"command": "load", **request})
