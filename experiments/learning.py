@@ -48,6 +48,7 @@ class Run(NamedTuple):
     statistic: Literal["IQM", "mean"] = "IQM"  # over seeds
     overrides: Mapping[str, Any] = {}  # beyond the preset
     long: bool = False  # only with --long
+    env_args: Mapping[str, Any] = {}  # of `make_env`
     title: str = ""  # in place of the overrides
 
     @property
@@ -65,7 +66,8 @@ class Run(NamedTuple):
     def key(self) -> str:
         """Under which a result is stored, and what --only is compared with."""
         rest = f" {self.title}" if self.title else self.name.removeprefix(self.agent)
-        return f"{self.agent} {self.env} {self.total_steps}{rest}"
+        world = "".join(f" {k}={v}" for k, v in self.env_args.items())
+        return f"{self.agent} {self.env} {self.total_steps}{world}{rest}"
 
 
 STYLE = {
@@ -102,6 +104,16 @@ QUICK: dict[str, dict[str, Any]] = {  # of a run that only shows that everything
         "rollouts_per_step": 4,
         "batch_size": 16,
         "updates": 1,
+    },
+    "dreamer": {
+        "size": "nano",
+        "train_ratio": 2,
+        "num_envs": 1,
+        "batch_size": 2,
+        "batch_length": 8,
+        "horizon": 3,
+        "start_windows": 4,
+        "buffer_size": 1_000,
     },
 }
 
@@ -191,13 +203,14 @@ def fitted(run: Run, fields: Mapping[str, Any]) -> Run:
     from mbrl_jax.runtime.loop import make_program
 
     overrides = {**fields, **run.overrides}
-    definition, env = mbrl_jax.AGENTS[run.agent], mbrl_jax.make_env(run.env)
+    definition = mbrl_jax.AGENTS[run.agent]
+    env = mbrl_jax.make_env(run.env, **run.env_args)
     try:
         config = definition.config_for(run.env, **overrides)
         plan = make_program(definition, env, config, run.total_steps, run.eval_every).plan
     except mbrl_jax.InputError as error:
         raise SystemExit(f"{run.key}: {error}") from None
-    start, unit = plan.num_envs * plan.warmup, plan.num_envs * plan.steps_per_update
+    start, unit = plan.num_envs * plan.start, plan.num_envs * plan.steps_per_update
     updates = (run.total_steps - start) // unit
     if updates < 1:
         raise SystemExit(f"{run.key}: the first update is at step {start + unit}, past the budget")
@@ -214,7 +227,8 @@ def train(run: Run, seeds: int) -> dict[str, Any]:
     started = time.perf_counter()
     options = {name: getattr(run, name) for name in ("total_steps", "eval_every", "eval_episodes")}
     options["seeds"] = seeds
-    result = mbrl_jax.train(run.agent, run.env, progress=True, **options, **run.overrides)
+    env = mbrl_jax.make_env(run.env, **run.env_args)
+    result = mbrl_jax.train(run.agent, env, progress=True, **options, **run.overrides)
     returns = result.history["eval_return"]
     finite = np.isfinite(returns)
     # a run that failed scores as the worst one, see `analysis.stats`

@@ -1,0 +1,82 @@
+"""DreamerV3 with one configuration on every gymnax environment that needs no download.
+
+    python experiments/dreamer_gymnax.py
+    python experiments/dreamer_gymnax.py --only "dreamer CartPole-v1"
+    python experiments/dreamer_gymnax.py --long --only Breakout
+
+Only the size of the networks and the train ratio are named, and they are the same everywhere
+(`CONFIG`). Beside it run PPO, and DQN or SAC, at equal real steps, each with the preset that it has
+for an environment. How a row is stored and judged: `learning.py`. MinAtar's games are rows of
+--long, since a step costs Dreamer an update of its world model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import learning
+import tyro
+from learning import Options, Run
+
+
+class World(NamedTuple):
+    """An environment with its budget."""
+
+    env: str
+    steps: int
+    target: float | None = None  # of Dreamer
+    continuous: bool = False
+    long: bool = False
+    env_args: Mapping[str, Any] = {}
+
+
+CONFIG: dict[str, Any] = {"size": "nano", "train_ratio": 64}
+WORLDS = (
+    World("CartPole-v1", 40_000, 450),
+    World("Pendulum-v1", 30_000, -250, continuous=True),
+    World("Acrobot-v1", 40_000),
+    World("MountainCar-v0", 40_000),
+    World("MountainCarContinuous-v0", 40_000, continuous=True),
+    World("ContinuousCartPole-v0", 20_000, continuous=True),
+    World("Catch-bsuite", 15_000, 0.95),
+    # a network without memory is right half of the time, a return of 0
+    World("MemoryChain-bsuite", 60_000, 0.95, env_args={"memory_length": 10}),
+    World("DeepSea-bsuite", 20_000),
+    World("DiscountingChain-bsuite", 20_000),
+    World("UmbrellaChain-bsuite", 20_000),
+    World("SimpleBandit-bsuite", 10_000),
+    World("FrozenLake-misc", 20_000),
+    World("FourRooms-misc", 40_000),
+    World("MetaMaze-misc", 40_000),
+    World("BernoulliBandit-misc", 20_000),
+    World("GaussianBandit-misc", 20_000),
+    World("PointRobot-misc", 20_000, continuous=True),
+    World("Reacher-misc", 20_000, continuous=True),
+    World("Swimmer-misc", 20_000, continuous=True),
+    World("Pong-misc", 100_000, long=True),
+    # read off a figure of a DreamerV2 on these games, 5 seeds, after a million steps
+    World("Breakout-MinAtar", 1_000_000, 60, long=True),
+    World("SpaceInvaders-MinAtar", 1_000_000, 140, long=True),
+    World("Freeway-MinAtar", 1_000_000, 31, long=True),
+    World("Asterix-MinAtar", 1_000_000, 2, long=True),
+    World("Seaquest-MinAtar", 1_000_000, long=True),
+)
+
+
+def rows(config: dict[str, Any]) -> Iterator[Run]:
+    """Dreamer and its peers, world by world."""
+    for world in WORLDS:
+        every = world.steps // 20
+        shared = {"long": world.long, "env_args": world.env_args}
+        yield Run("dreamer", world.env, world.steps, world.target, every, 10,
+                  overrides=config, title="dreamer", **shared)  # fmt: skip
+        for peer in ("ppo", "sac" if world.continuous else "dqn"):
+            yield Run(peer, world.env, world.steps, None, every, 10, **shared)
+
+
+if __name__ == "__main__":
+    learning.main(
+        "dreamer_gymnax", tuple(rows(CONFIG)),
+        tyro.cli(Options, default=Options(seeds=5), description=__doc__),
+    )  # fmt: skip
