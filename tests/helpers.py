@@ -59,6 +59,17 @@ SMALL = {
         "rollout_growth": (20, 60),
         "retained": 2,
     },
+    "dreamer": {
+        "size": "nano",
+        "num_envs": 2,
+        "batch_size": 2,
+        "batch_length": 4,
+        "horizon": 2,
+        "train_ratio": 1,
+        "buffer_size": 64,
+        "start_windows": 4,
+        "warmup_updates": 0.0,
+    },
 }
 CONTINUOUS = ("sac", "mbpo")  # agents that cannot take discrete actions  # fmt: skip
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toys
 from helpers import assert_same, train_until
+from probes import quick
 from scipy import stats
 from toys import ACTIONS, CELLS, LIMIT, TOY, judge
 
@@ -29,7 +30,7 @@ def doors():
 def whole(doors):
     """The toy's uncut run of three seeds, vmapped."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return jax.jit(jax.vmap(make_train(TOY, doors, **RUN)))(keys)
+    return quick(jax.vmap(make_train(TOY, doors, **RUN)))(keys)
 
 
 def test_a_dict_of_observations_is_described_and_cast(doors):
@@ -168,6 +169,7 @@ def test_values_and_priorities_are_written_back(whole):
     assert len(np.unique(values)) > 3, "priorities of their own"
 
 
+@pytest.mark.usefixtures("hasty")
 def test_chunks_resume_and_seeds_give_the_same_bits(doors, whole, tmp_path):
     state, history = whole
     fields = {"seeds": 3, "seed_mode": "vmap", **RUN}
@@ -182,6 +184,7 @@ def test_chunks_resume_and_seeds_give_the_same_bits(doors, whole, tmp_path):
     assert_same(one_by_one.state, state)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_an_evaluation_of_ones_own_is_named_in_the_run(doors, tmp_path):
     train(TOY, doors, out=tmp_path / "run", **RUN)
     with pytest.raises(InputError, match="evaluate"):
@@ -240,7 +243,7 @@ def test_agents_learn_with_masks_and_never_break_them(name):
     """Action 2 in cell 1 and the like: the best legal way comes to cell 0 at every second step."""
     env = toys.make(toys.Doors)
     cfg = AGENTS[name].config_for(env.spec, **DEEP[name])
-    history = jax.jit(make_train(name, env, 6_000, eval_every=2_000, eval_episodes=32))(
+    history = quick(make_train(name, env, 6_000, eval_every=2_000, eval_episodes=32))(
         jax.random.key(1), cfg
     )[1]
     # a shut action costs 100, and no period sums up to less than nothing

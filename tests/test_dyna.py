@@ -244,6 +244,7 @@ def test_counts_converge_to_the_exact_value_of_the_slippery_lake(agent):
     assert values[:, 0].mean() == pytest.approx(exact[0], abs=max(0.02, 2 * half_width))
 
 
+@pytest.mark.usefixtures("hasty")
 def test_first_index_ties_never_reach_the_goal_and_optimism_mends_it(lake):
     """Section 4.6 of the measurements: 0 of 20 seeds with first-index ties, all with optimism."""
     common = {"seeds": 20, "eval_every": 500, "eval_episodes": 0, "planning_steps": 0}
@@ -253,6 +254,7 @@ def test_first_index_ties_never_reach_the_goal_and_optimism_mends_it(lake):
     assert (hopeful.history["train_reward"].sum(axis=1) > 0).all()
 
 
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("bonus", [{"bonus": "rmax"}, {"bonus": "mbie_eb", "beta": 1.0}], ids=str)
 def test_exploration_bonuses_visit_more_of_the_maze(bonus):
     env = mbrl_jax.make_env("DynaMaze-sutton", max_steps_in_episode=10**6)
@@ -328,17 +330,3 @@ def test_loops_as_kernels_change_the_speed_and_no_bit():
 def test_tabular_agents_alone_ask_for_loops_as_kernels():
     tabular = {name for name, definition in AGENTS.items() if definition.tabular}
     assert tabular == {"q_learning", "dyna_q", "dyna_q_plus", "prioritised_sweeping"}
-
-
-@pytest.mark.parametrize(("agent", "asks"), [("dyna_q", True), ("dqn", False)])
-def test_the_command_line_asks_for_loops_as_kernels(agent, asks, monkeypatch):
-    from mbrl_jax import __main__ as command_line
-    from mbrl_jax.runtime import devices
-
-    calls = []
-    monkeypatch.setattr(devices, "loops_as_kernels", lambda: calls.append("asked"))
-    monkeypatch.setattr(command_line, "_start_backend", lambda *_: calls.append("started"))
-    monkeypatch.setattr(command_line, "_train_with", lambda *_: 0)
-    command = ["train", agent, "--env", "CartPole-v1", "--total-steps", "10", "--out", "runs/x"]
-    assert command_line.main(command) == 0
-    assert calls == ["asked", "started"] if asks else ["started"]

@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
+import dreamer_predictions
+import dreamer_sweep
 import dyna_frozenlake
 import dyna_mazes
 import learning
@@ -127,6 +129,7 @@ def test_moving_maze(tmp_path):
     assert exact["after"]["reward per 1000 steps"] == pytest.approx(55.8, abs=0.05)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_model_free_rows_merge_and_redraw(tmp_path):
     first, second = "ppo Pendulum-v1 512", "sac Pendulum-v1 512 updates=4"
     file = tmp_path / "model_free_quick.json"
@@ -243,3 +246,39 @@ def test_sac_takes_part_with_its_own_preset():
     for env in ("Pendulum-v1", "ContinuousCartPole-v0"):
         own = [run for run in sample_efficiency.arms(env) if run.title == "SAC, its own preset"]
         assert [(run.agent, dict(run.overrides)) for run in own] == [("sac", {})]
+
+
+def test_dreamer_foretells_what_it_has_seen_the_start_of(tmp_path):
+    options = dreamer_predictions.Options(out=tmp_path, quick=True)
+    tables = dreamer_predictions.main(options)
+    whole = json.loads((tmp_path / "dreamer_Catch-bsuite_quick.json").read_text())
+    assert len(whole["made"]["settings"]["files"]) == 6
+    assert all((tmp_path / name).stat().st_size for name in whole["made"]["settings"]["files"])
+    # ten observations of an episode, of which two are seen
+    rows = tables["Catch-bsuite"]
+    assert list(rows) == [*(f"{n} steps ahead" for n in range(1, 9)), "returns"]
+    assert all(0 <= row["numbers that are right"].point <= 1 for row in list(rows.values())[:8])
+    assert -1 <= rows["returns"]["real"].point <= 1
+
+
+@pytest.mark.slow
+def test_dreamer_sees_the_ball_fall(tmp_path):
+    """A trained model foretells the board for eight steps from two observations."""
+    options = dreamer_predictions.Options(out=tmp_path, seeds=1)
+    rows = dreamer_predictions.main(options)["Catch-bsuite"]
+    assert min(row["numbers that are right"].point for row in list(rows.values())[:8]) >= 0.98
+
+
+def test_a_sweep_writes_every_evaluation_of_every_rate(tmp_path):
+    options = dreamer_sweep.Options(
+        env="Catch-bsuite", out=tmp_path, quick=True, rates=(1e-4, 1e-3, 1e-2), seeds=2,
+        total_steps=60, eval_every=20, eval_episodes=2,
+    )  # fmt: skip
+    record = json.loads(dreamer_sweep.main(options).read_text())
+    assert record["made"]["settings"]["rates"] == [1e-4, 1e-3, 1e-2]
+    for row in record["rows"]:
+        assert np.shape(row["eval_return"]) == (3, 2)
+        assert np.shape(row["total_loss"]) == (3,)
+    # the rates are told apart, and the seeds are
+    assert len({*record["rows"][-1]["total_loss"]}) == 3
+    assert len(record["rows"]) >= 2

@@ -13,7 +13,7 @@ from mbrl_jax import train
 from mbrl_jax.runtime.checkpoint import Checkpoints
 from mbrl_jax.runtime.train import load_job
 
-PERIODS, EVERY, SEEDS = 60, 25, 2
+PERIODS, EVERY, SEEDS = 36, 25, 2
 COMMAND = (
     f"train dyna_q --env FrozenLake-misc --env-args is_slippery=false --seeds {SEEDS} "
     f"--total-steps {PERIODS * EVERY} --eval-every {EVERY} --eval-episodes 2 --resume --out"
@@ -22,9 +22,11 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def whole(lake, tmp_path_factory):
-    """The uninterrupted run."""
+    """The uninterrupted run, by the program of another one."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train("dyna_q", lake, PERIODS * EVERY, SEEDS, out, eval_every=EVERY, eval_episodes=2)
+    run = {"seeds": SEEDS, "eval_every": EVERY, "eval_episodes": 2}
+    train("dyna_q", lake, EVERY, seed=1, q_init=1.0, **run)
+    train("dyna_q", lake, PERIODS * EVERY, out=out, checkpoint_every=PERIODS * EVERY, **run)
     return out
 
 
@@ -70,7 +72,7 @@ def test_sigkill(kills, periods, whole, tmp_path, monkeypatch):
     for kill in range(kills):
         process = start(*command)
         # the first while it starts, the others spread over the run, in chunks and in saves
-        wait_for(out, 40 * kill // kills, process)
+        wait_for(out, 24 * kill // kills, process)
         time.sleep(dice.uniform(0, 0.2 / periods if kill else 3.0))
         finished = newest(out)
         process.kill()
@@ -100,6 +102,6 @@ def test_stopped_by_a_signal(signum, code, whole, tmp_path):
         f"stopped by {signal.Signals(signum).name} at step {done * EVERY:,}, saved in {out}; "
         "go on with the same command and --resume"
     )
-    assert all(re.match(r"step [\d,]+ of 1,500 \| ", line) for line in err.splitlines()[:-1])
+    assert all(re.match(r"step [\d,]+ of 900 \| ", line) for line in err.splitlines()[:-1])
     assert_whole(out)
     assert rows(out) == rows(whole)[: 1 + SEEDS * done]

@@ -11,7 +11,7 @@ from mbrl_jax.analysis.stats import iqm
     [
         ("dqn", "Catch-bsuite", 4_000, 4, 20, 0.98),
         ("ppo", "CartPole-v1", 60_000, 4, 20, 350),
-        ("sac", "Pendulum-v1", 4_000, 4, 20, -250),
+        ("sac", "Pendulum-v1", 5_000, 4, 20, -250),
         ("pets", "Pendulum-v1", 1_000, 2, 2, -400),
         ("mbpo", "Pendulum-v1", 800, 2, 20, -250),
     ],

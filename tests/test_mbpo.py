@@ -113,9 +113,27 @@ def test_rounds_of_rollouts_start_at_real_states_and_the_oldest_goes(plain):
             assert np.array_equal(before[rows], after[rows]) == (j != slot)
 
 
-def test_the_length_of_rollouts_grows_with_the_steps_after_the_warm_up():
+@pytest.fixture(scope="module")
+def by_threshold():
+    """States after so many trainings, of rollouts that grow and end at a threshold."""
+    fields = {"truncation": "threshold", "score": "std", "rollout_growth": (10, 20)}
+    cfg = config(rollout_length=(1, 3), **fields)
+
+    def agent(threshold):
+        return make_agent("mbpo", PENDULUM, dataclasses.replace(cfg, threshold=threshold))
+
+    update = quick(lambda threshold, *args: agent(threshold).update(*args))
+
+    def states(trainings, threshold):
+        known = partial(update, np.float32(threshold))
+        return after_trainings(agent(threshold), PENDULUM, trainings, known)
+
+    return states
+
+
+def test_the_length_of_rollouts_grows_with_the_steps_after_the_warm_up(by_threshold):
     """Janner et al. count epochs from the end of the random steps."""
-    states, _ = trained(trainings=4, rollout_length=(1, 3), rollout_growth=(10, 20))
+    states = by_threshold(4, 1e9)
     # 0, 8, 16 and 24 steps after the warm-up
     lengths = [float(state.report["rollout_limit"]) for state in states]
     assert lengths == [1, 1, 1 + (16 - 10) * 2 // 10, 3]
@@ -185,8 +203,8 @@ def test_between_trainings_the_model_stays_and_the_policy_learns(plain):
     assert max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in pair) > 0
 
 
-def test_a_threshold_that_truncates_everything_leaves_real_batches():
-    (state,), _ = trained(truncation="threshold", score="std", threshold=1e-12)
+def test_a_threshold_that_truncates_everything_leaves_real_batches(by_threshold):
+    (state,) = by_threshold(1, 1e-12)
     assert state.imagined.counts.tolist() == [0, 0]
     assert state.report["rollout_steps"] == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.learner))

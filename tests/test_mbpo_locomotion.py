@@ -19,6 +19,7 @@ from mbrl_jax.types import EnvSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import mbpo_locomotion as locomotion
+import records
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def played(monkeypatch):
         before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text("{}")
-        metrics, done = MetricsFile(out), locomotion.curve(out)
+        metrics, done = MetricsFile(out), records.curve(out)
         metrics.cut(total_steps)
         first = done[-1]["env_steps"] + 2_500 if done else 2_500
         seeds = np.arange(arguments["seeds"], dtype=np.float32)
@@ -83,13 +84,13 @@ def test_a_run_stops_in_time_and_the_same_command_goes_on(tmp_path, played, caps
 
 def test_the_record_grows_while_the_run_does(tmp_path, played, monkeypatch):
     seen = []
-    write = locomotion.write_whole
+    write = records.write_whole
 
     def note(path, text):
         seen.append(len(json.loads(text)["rows"]))
         write(path, text)
 
-    monkeypatch.setattr(locomotion, "write_whole", note)
+    monkeypatch.setattr(records, "write_whole", note)
     assert locomotion.main(options(tmp_path, total_steps=75_000, seeds=2, length=20)) == 0
     assert played[0]["rollout_length"] == (20, 20)
     assert seen == sorted(seen)
@@ -111,17 +112,17 @@ def test_the_tiny_networks_fit_every_preset(tmp_path, played):
 
 
 def test_a_curve_leaves_out_what_is_being_written(tmp_path):
-    assert locomotion.curve(tmp_path) == []
+    assert records.curve(tmp_path) == []
     metrics = MetricsFile(tmp_path)
     metrics.append(100, 2.0, {"eval_return": np.array([1.0, 2.0])})
     metrics.append(300, 5.0, {"eval_return": np.array([3.0, np.nan])})
-    rows = locomotion.curve(tmp_path)
+    rows = records.curve(tmp_path)
     assert [row["env_steps"] for row in rows] == [100, 300]
-    assert locomotion.pace(rows) == 15.0
-    assert locomotion.pace(rows[:1]) is None
+    assert records.pace(rows) == 15.0
+    assert records.pace(rows[:1]) is None
     with metrics.path.open("a") as file:
         file.write("0,500,7.0")
-    assert locomotion.curve(tmp_path) == []  # the record stays as it was
+    assert records.curve(tmp_path) == []  # the record stays as it was
 
 
 def test_a_bad_environment_leaves_no_thread_and_no_record(tmp_path):

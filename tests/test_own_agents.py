@@ -14,6 +14,8 @@ from mbrl_jax.runtime import logs
 from mbrl_jax.runtime.train import make_job, traced
 from mbrl_jax.types import Agent, Schedule, config
 
+pytestmark = pytest.mark.usefixtures("hasty")
+
 
 @config
 class WandererConfig:
@@ -95,7 +97,7 @@ def test_one_trace_for_all_chunks_and_new_floats(definition, lake):
     assert counts == counts[:1] * 4
 
 
-def test_one_trace_in_a_run_and_in_a_resume(lake, tmp_path, monkeypatch):
+def test_one_trace_in_a_run_and_its_resume(lake, tmp_path, monkeypatch):
     definition, traces = counted(AGENTS["dyna_q"])
     counts, update = [], logs.Display.update
 
@@ -106,4 +108,5 @@ def test_one_trace_in_a_run_and_in_a_resume(lake, tmp_path, monkeypatch):
     monkeypatch.setattr(logs.Display, "update", note)
     train_until(3, definition, lake, out=tmp_path / "run", **SHORT)
     train(definition, lake, out=tmp_path / "run", resume=True, **SHORT)
-    assert counts == [counts[0]] * 3 + [counts[3]] * 3
+    assert counts == [counts[0]] * 6
+    assert counts[0] > 0

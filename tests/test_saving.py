@@ -28,6 +28,8 @@ from mbrl_jax.runtime.evaluate import evaluate_run, evaluation_keys
 from mbrl_jax.runtime.folder import default_spacing
 from mbrl_jax.runtime.train import make_job
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 MIB = 2**20
 
 
@@ -149,6 +151,7 @@ def test_a_signal_between_two_checkpoints_saves(signum, lake, short, tmp_path):
 @pytest.mark.parametrize(
     "agent", [pytest.param(name, marks=() if name == "sac" else pytest.mark.slow) for name in SMALL]
 )
+@pytest.mark.usefixtures("hasty")
 def test_periods_without_an_episode_under_jax_debug_nans(agent, tmp_path):
     """The flag stops at no number of ours, and changes none."""
     env = make_env("Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1", max_steps_in_episode=40)

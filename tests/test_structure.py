@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "prng": set(),
     "loops": {"types"},
     "lazy": set(),
+    "xla": set(),
     "x64": set(),
     "analysis": {"lazy"},
     "data": {"types", "prng"},
@@ -123,7 +124,8 @@ PUBLIC = """
     planning.random_shooting planning.cem planning.icem planning.mppi
     models.dynamics.make models.ensemble.make models.rollout.rollout models.fit.fit
     models.diagnostics.k_step_errors models.oracle.oracle models.latent.LatentModel
-    models.tabular.init_counts data.ring.make data.sequence.make data.prioritised.make
+    models.tabular.init_counts models.rssm.observe models.rssm_codec.encode data.ring.make
+    data.sequence.make data.prioritised.make
     analysis.stats.iqm analysis.plots.learning_curves analysis.runs.read_run analysis.model_plots
     nn.networks.MLP nn.optimiser.adam nn.normaliser.update nn.schedules.linear
     nn.distributions.tanh_normal envs.make_env envs.tabular
@@ -259,6 +261,7 @@ def copies_in_loops(text, shape):
     return found
 
 
+@pytest.mark.usefixtures("hasty")
 def test_no_whole_ring_is_copied_in_the_loop():
     compiled = compiled_chunk(RING, mbrl_jax.make_env("CartPole-v1"), 2)
     text = compiled.as_text()
@@ -271,6 +274,7 @@ def test_no_whole_ring_is_copied_in_the_loop():
 
 
 @pytest.mark.parametrize("agent", ["q_learning", "dyna_q", "dyna_q_plus", "prioritised_sweeping"])
+@pytest.mark.usefixtures("hasty")
 def test_no_table_is_copied_in_the_loop(lake, agent):
     text = compiled_chunk(agent, lake, 16).as_text()
     for shape in ("f32[2,64]", "s32[2,64]", "f32[2,64,3]"):  # two seeds on each of 8 devices

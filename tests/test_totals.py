@@ -29,6 +29,8 @@ from mbrl_jax.runtime.loop import make_program
 from mbrl_jax.runtime.plan import make_plan
 from mbrl_jax.types import Schedule
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 LONG = {**SHORT, "total_steps": 500}  # 10 periods instead of 6
 
 
@@ -97,6 +99,7 @@ OTHERS = {
         for name in OTHERS
     ],
 )
+@pytest.mark.usefixtures("hasty")
 def test_a_larger_total_with_every_kind_of_agent(agent, tmp_path):
     env_id, arguments, fields = OTHERS[agent]
     env = make_env(env_id, **arguments)

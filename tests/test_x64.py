@@ -34,6 +34,18 @@ SMALL = {
     "sac": ("Pendulum-v1", {"hidden": (4,), "critic_hidden": (4,), "buffer_size": 64}),
     "pets": ("Pendulum-v1", {"model": MODEL, "buffer_size": 64}),
     "mbpo": ("Pendulum-v1", {"model": MODEL, "buffer_size": 64}),
+    "dreamer": (
+        "Pendulum-v1",
+        {
+            "size": "nano",
+            "num_envs": 2,
+            "batch_length": 4,
+            "train_ratio": 16,
+            "buffer_size": 64,
+            "start_windows": 4,
+            "horizon": 2,
+        },
+    ),
 }
 KEYS = jax.random.split(jax.random.key(0), 2)
 
