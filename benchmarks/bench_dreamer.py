@@ -32,16 +32,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from common import Record as Results
-from common import alternate, launched, line, markdown, options, seed_modes, start_jax, timed
+from common import (
+    alternate,
+    compiled_period,
+    launched,
+    line,
+    markdown,
+    options,
+    seed_modes,
+    start_jax,
+    timed,
+)
 
 from mbrl_jax import AGENTS, make_env
 from mbrl_jax.agents import dreamer
 from mbrl_jax.agents.dreamer_config import Config, model_of, window_length
 from mbrl_jax.agents.dreamer_records import Record
 from mbrl_jax.models import rssm
-from mbrl_jax.runtime.train import make_job, traced
+from mbrl_jax.runtime.train import make_job
 from mbrl_jax.types import EnvSpec, PyTree
 
 OBSERVATIONS = {"vector": ((24,), "float32"), "image": ((64, 64, 3), "uint8")}
@@ -230,16 +239,7 @@ def loop_row(size: str, seeds: int, mode: str, steps: int, repeats: int) -> dict
     job = make_job(
         definition, env, before + steps, seeds, 0, steps, 0, None, mode, {"size": size, **fields}
     )
-    init, chunk = job.functions()
-    values, index = traced(job.config), np.int32(0)
-    compile_s, ready = timed(lambda: chunk.lower(job.like(), values, index).compile())
-    holder = [init(job.keys(), values)]  # the run, which every call gives away
-
-    def run() -> float:
-        took, (holder[0], _) = timed(ready, holder[0], values, index)
-        return took
-
-    run()
+    compile_s, run = compiled_period(job)
     seconds = alternate({"loop": run}, repeats)["loop"]
     taken = job.program.plan.steps_per_period * job.program.plan.num_envs
     return {

@@ -109,6 +109,29 @@ def launched(run: Callable[[], Any]) -> tuple[int, int]:
     return len(names) - read, read
 
 
+def compiled_period(job: Any) -> tuple[float, Callable[[], float]]:
+    """Seconds of compiling the first period of a `runtime.train.Job`, and what runs it again.
+
+    Each call goes on with the run that the one before left, and returns its seconds; the first
+    call, which may allocate, is made here.
+    """
+    import jax.numpy as jnp
+
+    from mbrl_jax.runtime.train import traced
+
+    init, chunk = job.functions()
+    config, index = traced(job.config), jnp.int32(0)
+    compile_s, ready = timed(lambda: chunk.lower(job.like(), config, index).compile())
+    holder = [init(job.keys(), config)]  # the run, which every call gives away
+
+    def run() -> float:
+        took, (holder[0], _) = timed(ready, holder[0], config, index)
+        return took
+
+    run()
+    return compile_s, run
+
+
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """The seconds of all sides, [repeats] each, one of each in turn.
 

@@ -9,33 +9,23 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from common import start_jax, timed
+from common import compiled_period, start_jax
 from peer_process import serve
 
 
 def load(request: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
     """Compiles a period of an agent with its preset, without evaluation, and runs its beginning."""
     from mbrl_jax import AGENTS, make_env
-    from mbrl_jax.runtime.train import make_job, traced
+    from mbrl_jax.runtime.train import make_job
 
     start_jax(1)
     env, definition = make_env(request["env"]), AGENTS[request["agent"]]
     seeds, updates = request["seeds"], request["updates"]
     schedule = definition.make(definition.config_for(env.spec), env.spec).schedule
     batched = schedule.num_envs * schedule.steps_per_update * updates
-    total = (schedule.warmup_steps + schedule.prefill_steps) * schedule.num_envs + batched
+    total = schedule.warmup_steps + schedule.prefill_steps + batched
     job = make_job(definition, env, total, seeds, 0, batched, 0, None, "vmap", {})
-    init, chunk = job.functions()
-    config, index = traced(job.config), np.int32(0)
-    compile_s, ready = timed(lambda: chunk.lower(job.like(), config, index).compile())
-    holder = [init(job.keys(), config)]  # the run, which every call gives away
-
-    def run() -> float:
-        took, (holder[0], _) = timed(ready, holder[0], config, index)
-        return took
-
-    run()
+    compile_s, run = compiled_period(job)
     return {"compile_s": compile_s, "backend": jax.default_backend()}, run
 
 
