@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax.envs.classic import ContinuousCartPole, MountainCarContinuous, register_with_gymnax
 from mbrl_jax.envs.functions import KNOWN
@@ -55,7 +54,7 @@ def random_transitions(env, env_id, count):
         return env.get_obs(state), action, next_obs, reward, terminated
 
     keys = jax.random.split(jax.random.key(0), count)
-    return quick(jax.vmap(step))(keys, jnp.array(values), jnp.array(actions))
+    return jax.jit(jax.vmap(step))(keys, jnp.array(values), jnp.array(actions))
 
 
 @pytest.mark.parametrize("env_id", KNOWN)
@@ -88,7 +87,7 @@ def test_continuous_cartpole_matches_gymnasium():
     env, theirs = ContinuousCartPole(), gymnasium.make("CartPole-v1").unwrapped
     theirs.reset(seed=0)
     rng = np.random.default_rng(1)
-    step = quick(env.step_env)
+    step = jax.jit(env.step_env)
     ends = 0
     for _ in range(500):
         values = rng.uniform((-2.4, -3, -0.2, -3), (2.4, 3, 0.2, 3))
@@ -127,7 +126,7 @@ def test_mountain_car_continuous_matches_gymnasium():
     values = rng.uniform(MOUNTAIN_CAR_LOW, MOUNTAIN_CAR_HIGH, (600, 2)).astype(np.float32)
     values[:100, 0] = rng.uniform(-1.2, -1.1, 100)  # near the left wall
     values[:50, 0], values[50:100, 1] = -1.2, -0.07  # on it, and about to hit it
-    step = quick(env.step_env)
+    step = jax.jit(env.step_env)
     hits = ends = 0
     for start in values:
         action = rng.uniform(-1.5, 1.5, 1).astype(np.float32)
@@ -169,7 +168,7 @@ def test_mountain_car_bounces_off_the_wall_as_gymnasium_does():
             action = np.array([1.0 if theirs.state[1] > 0 else -1.0], np.float32)
             _, _, end, *_ = theirs.step(action)
             steps += 1
-        assert quick(episode)(start) == steps < 140
+        assert jax.jit(episode)(start) == steps < 140
 
 
 @pytest.mark.parametrize("env", [ContinuousCartPole(), MountainCarContinuous()])
@@ -193,7 +192,7 @@ def test_gymnax_loop(env):
         return jax.lax.scan(step, (key, state), length=100)[1]
 
     keys = jax.random.split(jax.random.key(0), 4)
-    obs, reward, terminated, truncated = quick(jax.vmap(run))(keys)
+    obs, reward, terminated, truncated = jax.jit(jax.vmap(run))(keys)
     assert obs.dtype == reward.dtype == jnp.float32
     assert obs.shape[:2] == reward.shape == terminated.shape == (4, 100)
     assert jax.vmap(jax.vmap(env.observation_space(params).contains))(obs).all()

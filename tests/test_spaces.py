@@ -187,7 +187,6 @@ def test_the_environment_receives_the_shape_of_its_box(shape, rescale, register)
     np.testing.assert_allclose(after.obs, received.reshape(-1))
 
 
-@pytest.mark.usefixtures("hasty")
 def test_an_agent_trains_on_a_box_of_two_axes(register):
     env = make_env(register(actions=spaces.Box(-1.0, 1.0, (2, 3))))
     fields = {"hidden": (8,), "num_envs": 2, "num_steps": 4, "minibatches": 1, "epochs": 1}
@@ -318,7 +317,6 @@ def test_a_constructor_with_a_required_argument():
         gymnax.registered_envs.remove("Sized-of-the-tests")
 
 
-@pytest.mark.usefixtures("hasty")
 def test_a_run_and_its_command_line_on_an_environment_of_ones_own(register, tmp_path):
     room, out = (
         register(actions=spaces.Discrete(3), see=lambda self, x: jnp.ones(2)),

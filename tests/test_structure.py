@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -91,6 +92,27 @@ def test_nothing_imports_upwards(path):
         assert allowed or (str(name), target) in EXCEPTIONS, f"{name} imports {target}"
 
 
+# modules that have another name than what is installed, or that come with it
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "mujoco": "mujoco-mjx"}
+
+
+def declared(requirements):
+    return {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+
+
+def test_what_is_imported_is_declared():
+    """As a dependency; environments of other packages may have theirs in the extra `envs`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    always = declared(project["dependencies"])
+    extra = declared(project["optional-dependencies"]["envs"])
+    for path in modules():
+        known = always | extra if path.parent.name == "envs" else always
+        for module in imported(ast.parse(path.read_text())):
+            name = module.split(".")[0]
+            if name not in sys.stdlib_module_names | {"mbrl_jax"}:
+                assert DISTRIBUTIONS.get(name, name) in known, f"{path.name} imports {name}"
+
+
 def test_files_stay_readable():
     for path in modules() + sorted((ROOT / "experiments").glob("*.py")):
         assert len(path.read_text().splitlines()) <= 420, path
@@ -116,6 +138,23 @@ heavy = ("gymnax", "distrax", "matplotlib", "orbax", "flax")
 print([name for name in heavy if name in sys.modules])
 """
     assert run_python(code).strip() == "[]"
+
+
+def test_an_environment_loads_no_plotting_library_until_it_is_drawn():
+    code = """
+import sys
+import mbrl_jax
+mbrl_jax.make_env("Pong-misc")
+assert not {"seaborn", "pandas", "matplotlib.pyplot"} & sys.modules.keys()
+from gymnax.environments.misc import pong
+from gymnax.environments.bsuite import catch
+assert not hasattr(pong.sns, "__path__")
+print(len(pong.sns.color_palette("cubehelix", 3)), catch.plt.subplots.__module__)
+assert {"seaborn", "matplotlib.pyplot"} <= sys.modules.keys()
+import seaborn.utils
+assert seaborn is sys.modules["seaborn"] is not pong.sns
+"""
+    assert run_python(code, "ignore").split() == ["3", "matplotlib.pyplot"]
 
 
 PUBLIC = """
@@ -261,7 +300,6 @@ def copies_in_loops(text, shape):
     return found
 
 
-@pytest.mark.usefixtures("hasty")
 def test_no_whole_ring_is_copied_in_the_loop():
     compiled = compiled_chunk(RING, mbrl_jax.make_env("CartPole-v1"), 2)
     text = compiled.as_text()
@@ -274,7 +312,6 @@ def test_no_whole_ring_is_copied_in_the_loop():
 
 
 @pytest.mark.parametrize("agent", ["q_learning", "dyna_q", "dyna_q_plus", "prioritised_sweeping"])
-@pytest.mark.usefixtures("hasty")
 def test_no_table_is_copied_in_the_loop(lake, agent):
     text = compiled_chunk(agent, lake, 16).as_text()
     for shape in ("f32[2,64]", "s32[2,64]", "f32[2,64,3]"):  # two seeds on each of 8 devices

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import gymnax
 import jax
 import jax.numpy as jnp
-from gymnax.environments import CartPole, ContinuousMountainCar, spaces
 
+from mbrl_jax.envs.bases import CartPole, ContinuousMountainCar, gymnax, spaces
 from mbrl_jax.envs.craftax import PIXELS, SYMBOLIC, CraftaxPixels, CraftaxSymbolic
 from mbrl_jax.envs.locomotion import HalfCheetah, Hopper, InvertedPendulum, Walker2d
 from mbrl_jax.envs.sutton import BlockingMaze, DynaMaze, ShortcutMaze

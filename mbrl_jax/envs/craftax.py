@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import environment, spaces
 
+from mbrl_jax.envs.bases import environment, spaces
 from mbrl_jax.types import InputError
 
 SYMBOLIC, PIXELS = "Craftax-Classic-Symbolic-v1", "Craftax-Classic-Pixels-v1"

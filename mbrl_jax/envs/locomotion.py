@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import environment, spaces
 
+from mbrl_jax.envs.bases import environment, spaces
 from mbrl_jax.types import InputError
 
 ITERATIONS, LINE_SEARCH = 4, 8

@@ -97,8 +97,7 @@ def _build(id: str, rescale: bool, cached_resets: int, kwargs: tuple[tuple[str, 
 
 
 def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) -> Env:
-    from gymnax.environments import spaces
-
+    from mbrl_jax.envs.bases import spaces
     from mbrl_jax.envs.functions import KNOWN, TERMINATIONS
 
     reward, terminated = KNOWN.get(id, (None, TERMINATIONS.get(id)))
@@ -152,7 +151,7 @@ def _bounds(id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     A bound of 1e30 or more counts as infinite: some environments give float32's greatest number.
     """
-    from gymnax.environments import spaces
+    from mbrl_jax.envs.bases import spaces
 
     if not isinstance(space, spaces.Box) or not jnp.issubdtype(space.dtype, jnp.floating):
         of = f" of {np.dtype(space.dtype).name}" if isinstance(space, spaces.Box) else ""
@@ -177,7 +176,7 @@ def _bounds(id: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _array_spec(first: jax.ShapeDtypeStruct, space: Any) -> ArraySpec:
-    from gymnax.environments import spaces
+    from mbrl_jax.envs.bases import spaces
 
     if isinstance(space, spaces.Discrete) and first.shape == ():
         return ArraySpec((), "int32", int(space.n))
@@ -188,7 +187,7 @@ def _parts(
     id: str, first: Any, parts: Mapping[str, Any], action_space: Any
 ) -> tuple[tuple[str, ArraySpec], ...]:
     """The arrays of a dict of observations, sorted by name as JAX sorts them."""
-    from gymnax.environments import spaces
+    from mbrl_jax.envs.bases import spaces
 
     if not isinstance(first, dict) or first.keys() != parts.keys():
         said = sorted(first) if isinstance(first, dict) else type(first).__name__
@@ -270,8 +269,7 @@ def _factory(id: str) -> Any:
 
 @in_32_bits
 def _gymnax() -> Any:
-    import gymnax
-
+    from mbrl_jax.envs.bases import gymnax
     from mbrl_jax.envs.classic import register_with_gymnax
 
     register_with_gymnax()

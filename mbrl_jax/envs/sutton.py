@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import environment, spaces
 
+from mbrl_jax.envs.bases import environment, spaces
 from mbrl_jax.types import InputError
 
 MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)])  # up, down, left, right
