@@ -8,9 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jax.custom_batching import custom_vmap
 from jax.flatten_util import ravel_pytree
 
-from mbrl_jax.data.rows import write_slice
 from mbrl_jax.types import PyTree, Scalar
 
 
@@ -135,14 +135,28 @@ def flat(tree: PyTree) -> jax.Array:
 _CHAIN = 32
 
 
+@custom_vmap
 def _joined(parts: list[jax.Array]) -> jax.Array:
-    """Columns [P, 1] below each other, written slice by slice."""
+    """Columns [*lead, P, 1] below each other, written slice by slice."""
     if len(parts) > _CHAIN:
         groups = [parts[i : i + _CHAIN] for i in range(0, len(parts), _CHAIN)]
-        return _joined([_joined(group) for group in groups])
-    column = jnp.zeros((sum(part.shape[0] for part in parts), 1), parts[0].dtype)
+        return _joined.fun([_joined.fun(group) for group in groups])
+    *lead, _, one = parts[0].shape
+    column = jnp.zeros((*lead, sum(part.shape[-2] for part in parts), one), parts[0].dtype)
     start = 0
     for part in parts:
-        column = write_slice(column, part, start)
-        start += part.shape[0]
+        column = jax.lax.dynamic_update_slice(column, part, (*(0,) * len(lead), start, 0))
+        start += part.shape[-2]
     return column
+
+
+@_joined.def_vmap
+def _joined_of_a_batch(
+    axis_size: int, batched: list[list[bool]], parts: list[jax.Array]
+) -> tuple[jax.Array, bool]:
+    # JAX's own rule makes a scatter of every slice
+    whole = [
+        part if is_batched else jnp.broadcast_to(part[None], (axis_size, *part.shape))
+        for part, is_batched in zip(parts, batched[0], strict=True)
+    ]
+    return _joined(whole), True

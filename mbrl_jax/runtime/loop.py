@@ -290,11 +290,12 @@ def _train_period(
         (run, episodes), _ = loops.scan(one_step, (run, episodes), jnp.arange(spu, dtype=jnp.int32))
         update_key = prng.fold_in(period_key, stream[None] + 2 * spu)[0]
         n = first_update + number
-        learner, metrics = agent.update(run.agent, update_key, start + spu - 1, n)
+        learner, metrics = update(run.agent, update_key, start + spu - 1, n)
         sums = jax.tree.map(jnp.add, sums, metrics)
         return (run._replace(agent=learner), episodes, sums), None
 
-    shapes = jax.eval_shape(agent.update, run.agent, period_key, first_step, first_update)[1]
+    update = jax.jit(agent.update, inline=True)  # traced once for its shapes and for the loop
+    shapes = jax.eval_shape(update, run.agent, period_key, first_step, first_update)[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     episodes = Episodes(*(jnp.zeros(plan.num_envs),) * len(Episodes._fields))
     numbers = jnp.arange(plan.updates, dtype=jnp.int32)
