@@ -1,10 +1,12 @@
 """Observations and actions of every kind through encoder, decoder, losses and policy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick, randomly
+from probes import randomly
 
 import mbrl_jax
 from mbrl_jax.models import rssm_actions, rssm_codec, rssm_heads, rssm_layers, rssm_params
@@ -77,7 +79,7 @@ def test_every_kind_is_encoded_decoded_and_learned_from(kind):
         total = sum(jnp.mean(x) for x in losses.values())
         return total + jnp.mean(tokens.astype(jnp.float32) ** 2), (tokens, decoded, losses)
 
-    (_, (tokens, decoded, losses)), grads = quick(
+    (_, (tokens, decoded, losses)), grads = jax.jit(
         jax.value_and_grad(loss, has_aux=True), static_argnums=1
     )(params, "float32")
     assert tokens.shape == (*LEAD, params["post"]["0"]["kernel"].shape[0] - SIZES.deter)
@@ -123,7 +125,7 @@ def test_encoders_see_symlogs_one_hots_and_pixels_in_order():
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: x * 0 + 1 if path[-1].key == "norm_scale" else x, params
     )
-    tokens = quick(lambda params: rssm_codec.encode(params, obs, parts, jnp.float32))(params)
+    tokens = jax.jit(lambda params: rssm_codec.encode(params, obs, parts, jnp.float32))(params)
     x = jnp.asarray(np.concatenate(flat, -1), jnp.float32)
     expected = rssm_layers.mlp(params["vec"], x, jnp.float32)
     np.testing.assert_allclose(tokens[..., : SIZES.units], expected, atol=1e-5)
@@ -190,6 +192,36 @@ def test_predictions_are_in_the_units_of_observations():
 
 
 @pytest.mark.parametrize(
+    ("spec", "binary"),
+    [
+        (ArraySpec((10, 5), "float32"), ["obs"]),
+        (ArraySpec((4,), "int32"), ["obs"]),
+        (ArraySpec((), "bool"), []),
+        (ArraySpec((2, 3), "bool"), []),
+    ],
+)
+def test_bits_are_numbers_going_in_and_chances_coming_out(spec, binary):
+    (part,) = parts = rssm_codec.parts_of(spec, binary)
+    assert (part.kind, part.width, part.spatial) == ("bits", math.prod(spec.shape), False)
+    obs = jnp.asarray(np.random.default_rng(0).random((*LEAD, *spec.shape)) < 0.3, spec.dtype)
+    params = parameters(parts)["enc"]
+    tokens = jax.jit(lambda params: rssm_codec.encode(params, obs, parts, jnp.float32))(params)
+    flat = jnp.asarray(np.array(obs).reshape(*LEAD, -1), jnp.float32)
+    np.testing.assert_allclose(tokens, rssm_layers.mlp(params["vec"], flat, jnp.float32), atol=1e-5)
+    logits = np.random.default_rng(1).normal(size=obs.shape).astype(np.float32)
+    chance = 1 / (1 + np.exp(-np.float64(logits)))
+    np.testing.assert_allclose(
+        rssm_codec.predictions({"obs": logits}, parts)["obs"], chance, rtol=1e-5
+    )
+    terms = -np.where(np.array(obs) != 0, np.log(chance), np.log(1 - chance))
+    np.testing.assert_allclose(
+        rssm_codec.losses({"obs": logits}, obs, parts)["obs"],
+        terms.reshape(*LEAD, -1).sum(-1),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
     ("side", "sides", "kernel", "channels"),
     [
         ((64, 64), [(64, 64), (32, 32), (16, 16), (8, 8), (4, 4)], 5, (2, 3, 4, 4)),
@@ -218,10 +250,11 @@ def test_stages_follow_the_size(side, sides, kernel, channels):
         ),
         ({"action_mask": ArraySpec((3,), "bool")}, (), "nothing to encode in an observation"),
         (
-            {"a": ArraySpec((3,), "float32")},
-            ("a",),
-            r"'a' is to be binary; images and grids .* \[\]",
+            {"a": ArraySpec((3,), "float32"), "b": ArraySpec((3,), "int32", 2)},
+            ("b",),
+            r"'b' is to be binary; arrays of numbers without a count are here \['a'\]; name one",
         ),
+        (ArraySpec((8, 8, 3), "uint8"), ("observation",), r"'observation' is to .* \['obs'\]"),
     ],
 )
 def test_what_cannot_be_encoded_is_named(obs, binary, message):
@@ -234,6 +267,7 @@ def test_what_cannot_be_encoded_is_named(obs, binary, message):
     [
         ("CartPole-v1", "vector"),
         ("Catch-bsuite", "vector"),
+        ("DeepSea-bsuite", "vector"),
         ("FrozenLake-misc", "discrete"),
         ("Breakout-MinAtar", "grid"),
         ("Pong-misc", "grid"),
@@ -243,8 +277,9 @@ def test_environments_have_their_kinds(env, kind):
     spec = mbrl_jax.make_env(env).spec
     (part,) = rssm_codec.parts_of(spec.obs)
     assert (part.name, part.kind, part.shape) == ("obs", kind, spec.obs_shape)
-    if kind == "grid":
-        assert rssm_codec.parts_of(spec.obs, binary=["obs"])[0].kind == "binary"
+    if kind != "discrete":
+        named = {"grid": "binary", "vector": "bits"}[kind]
+        assert rssm_codec.parts_of(spec.obs, binary=["obs"])[0].kind == named
     (action,) = rssm_actions.action_parts(spec)
     assert action == ("action", spec.num_actions, True)
 

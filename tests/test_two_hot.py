@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import golden
-from probes import quick
 from scipy import special
 
 from mbrl_jax.nn.two_hot import (
@@ -70,7 +69,7 @@ def test_loss_and_gradient_are_the_cross_entropy_of_a_slow_code(name):
         loss = two_hot_loss(logits, target, bins)
         return jnp.sum(loss), loss
 
-    (_, loss), slopes = quick(jax.value_and_grad(total, (0, 1), has_aux=True))(logits, target)
+    (_, loss), slopes = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(logits, target)
     codes = [slow_code(t, np.float64(bins)) for t in np.float64(target).ravel()]
     codes = np.reshape(codes, logits.shape)
     log_p = np.float64(logits) - special.logsumexp(np.float64(logits), axis=-1, keepdims=True)
@@ -103,7 +102,7 @@ def test_uniform_logits_mean_exactly_zero(num):
     assert bins.shape == (num,)
     np.testing.assert_array_equal(bins, -bins[::-1])
     assert (np.diff(bins) > 0).all()
-    mean = quick(lambda logits: two_hot_mean(logits, bins))
+    mean = jax.jit(lambda logits: two_hot_mean(logits, bins))
     assert mean(jnp.zeros((3, num))).tolist() == [0.0] * 3
     # which needs the order of the sum
     naive = jnp.sum(jax.nn.softmax(jnp.zeros(255)) * symexp_bins())
@@ -124,3 +123,18 @@ def test_everything_is_float32(x64):
         made += [two_hot_loss(logits, target, bins), neighbours(target, bins)[1]]
         assert {x.dtype.name for x in made} == {"float32"}
         assert neighbours(target, bins)[0].dtype == jnp.int32
+
+
+def test_the_gradient_is_a_pass_over_the_logits_and_no_scatter():
+    bins, logits = symexp_bins(), jnp.zeros((3, 4, 255))
+    gradient = jax.grad(lambda x: jnp.sum(two_hot_loss(x, jnp.ones((3, 4)), bins)))
+    assert "scatter" not in str(jax.make_jaxpr(gradient)(logits))
+
+
+@pytest.mark.parametrize("num", [2, 31, 32, 33, 64, 255])
+def test_bins_are_found_whatever_their_number(num):
+    bins = np.linspace(-3.0, 4.0, num, dtype=np.float32)
+    targets = np.concatenate([bins, bins[:-1] + 0.3 * np.diff(bins), [-9.0, 9.0, np.inf, -np.inf]])
+    below, _ = neighbours(targets.astype(np.float32), bins)
+    expected = np.clip(np.searchsorted(bins, targets, side="right") - 1, 0, num - 2)
+    np.testing.assert_array_equal(below, expected)

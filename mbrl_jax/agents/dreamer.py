@@ -174,20 +174,23 @@ def imagine(
     range_ = normaliser.update_range(range_, jax.lax.stop_gradient(returns), cfg.range_rate)
     scale = normaliser.width(range_) if cfg.normalise_returns else jnp.float32(1)
 
-    data = jax.lax.stop_gradient(jax.tree.map(lambda x: x[:-1], dreamt))
+    # heads see the last state too, which counts for nothing: the features stay one array, and the
+    # critic's products are those of its values above
+    data = jax.lax.stop_gradient(dreamt)
     latent = rssm.State(data.deter, data.stoch)
     distribution = act_in(cfg, model, params["actor"], latent)
-    entropy = rssm_actions.policy_entropy(distribution)
+    entropy = rssm_actions.policy_entropy(distribution)[:-1]
     if through:
         by_actor = losses.climbing_loss(returns / scale, entropy, weight, cfg.entropy_scale)
     else:
-        log_prob = rssm_actions.log_prob(distribution, data.actions, model.actions)
+        log_prob = rssm_actions.log_prob(distribution, data.actions, model.actions)[:-1]
         advantage = (returns - value[:-1]) / scale
         by_actor = losses.actor_loss(log_prob, entropy, advantage, weight, cfg.entropy_scale)
 
     logits = rssm_heads.head(params["critic"], *latent, dtype)
     held = two_hot_mean(rssm_heads.head(slow, *latent, dtype), bins)
-    by_critic = losses.critic_loss(logits, returns, held, weight, bins, cfg.slow_scale)
+    targets, counts = (jnp.pad(x, ((0, 1), (0, 0))) for x in (returns, weight))
+    by_critic = losses.critic_loss(logits, targets, held, counts, bins, cfg.slow_scale)[:-1]
     return Imagined(jnp.mean(by_actor, 0), jnp.mean(by_critic, 0), returns, range_, entropy)
 
 

@@ -39,7 +39,7 @@ class Config:
     horizon: int = ranged("[1, inf)", default=15)
     # hidden layers compute in it; auto is bfloat16 on an accelerator and float32 on a CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # names of images and grids whose numbers are all 0 or 1; a lone array is called obs
+    # names of arrays whose numbers are all 0 or 1; a lone array is called obs
     binary_obs: tuple[str, ...] = ()
 
     # step size of LaProp and the updates of its warm-up, the first of which has a rate of 0
@@ -187,8 +187,9 @@ def schedule(cfg: Config) -> Schedule:
     return Schedule(cfg.num_envs, 0, steps, "delayed", prefill * cfg.num_envs)
 
 
-# all channels of MinAtar are 0 or 1
+# worlds whose numbers are all 0 or 1: marks on a board, and channels of MinAtar
+_BOARDS = ("Catch-bsuite", "DeepSea-bsuite")
+_GAMES = ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
 PRESETS: dict[str, dict[str, Any]] = {
-    f"{game}-MinAtar": {"binary_obs": ("obs",)}
-    for game in ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+    name: {"binary_obs": ("obs",)} for name in (*_BOARDS, *(f"{game}-MinAtar" for game in _GAMES))
 }

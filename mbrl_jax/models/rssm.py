@@ -196,23 +196,31 @@ def imagine(
     latent_noise, policy_noise = noise
     shape = start.stoch.shape
 
-    def plain(state: cell.Packed) -> State:
-        deter, stoch = cell.unpacked(how, state, blocks, size)
-        return State(cell.from_blocks(how, deter), stoch.reshape(shape))
+    def split(features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        deter, stoch = jnp.split(features, [blocks * size], -1)
+        return deter, stoch.reshape(*stoch.shape[:-1], *shape[-2:])
 
     @jax.checkpoint
-    def turn(state: cell.Packed, x: tuple) -> tuple[cell.Packed, Dreamt]:
-        now = plain(state)
-        action = policy(*now, x[1])
+    def turn(state: cell.Packed, x: tuple) -> tuple[cell.Packed, jax.Array, jax.Array]:
+        action = policy(*split(cell.features(how, state)), x[1])
         made = cell.core(how, weights, state, bias[None], action=cell.limited(action))
         logits = prior_logits(prior, cell.from_blocks(how, made.deter), shape[-2], how.dtype)
         drawn = latents.sample(logits, x[0], share, gaussian)
-        return cell.packed(how, made.deter, drawn), Dreamt(now.deter, now.stoch, action)
+        after = cell.packed(how, made.deter, drawn)
+        return after, cell.features(how, after), action
 
-    before = jax.tree.map(lambda x: x[:horizon], policy_noise)
+    def advance(carry: tuple, x: tuple) -> tuple[tuple, jax.Array]:
+        state, visited = carry
+        after, features, action = turn(state, x[1:])
+        return (after, jax.lax.dynamic_update_index_in_dim(visited, features, x[0], 0)), action
+
+    # states are written where they stay, deter and stoch in one array as all heads take them: what
+    # a scan gives would be copied to join the first state, and once more by the heads
     first = cell.packed(how, cell.to_blocks(how, start.deter, blocks), start.stoch)
-    end, made = jax.lax.scan(turn, first, (latent_noise, before))
-    now = plain(end)
-    action = policy(*now, jax.tree.map(lambda x: x[horizon], policy_noise))
-    last = Dreamt(now.deter, now.stoch, action)
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), made, last)
+    visited = jnp.pad(cell.features(how, first)[None], ((0, horizon), (0, 0), (0, 0)))
+    steps = jnp.arange(1, horizon + 1, dtype=jnp.int32)
+    before = jax.tree.map(lambda x: x[:horizon], policy_noise)
+    (end, visited), actions = jax.lax.scan(advance, (first, visited), (steps, latent_noise, before))
+    last = jax.tree.map(lambda x: x[horizon], policy_noise)
+    action = policy(*split(cell.features(how, end)), last)
+    return Dreamt(*split(visited), jnp.concatenate([actions, action[None]]))

@@ -149,6 +149,13 @@ def unpacked(how: How, state: Packed, blocks: int, width: int) -> tuple[jax.Arra
     return to_blocks(how, state[:, : blocks * width], blocks), state[:, blocks * width :]
 
 
+def features(how: How, state: Packed) -> jax.Array:
+    """[R, D + Z] of a packed state: `deter` and `stoch` side by side, as heads take them."""
+    if how.rows_first:
+        return state
+    return jnp.concatenate([from_blocks(how, state[0]), state[1]], -1)
+
+
 def masked(how: How, state: Packed, keep: jax.Array) -> Packed:
     """A packed state, zero where `keep` [R] is 0."""
     keep = keep.astype(how.dtype)

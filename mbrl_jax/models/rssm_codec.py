@@ -9,12 +9,13 @@ An observation is one array, named "obs" here, or a dict of arrays. Each array i
 | image | [h, w, c] of uint8 | x / 255 - 0.5 | x / 255, by a sigmoid | squared error |
 | grid | [h, w, c] of other numbers | symlog | the symlog | squared error |
 | binary | [h, w, c] of bool, or named so | 0 and 1 | logits | Bernoulli cross-entropy |
+| bits | others of bool, or named so | 0 and 1, flat | logits | Bernoulli cross-entropy |
 
-Vectors and one-hots of all names, sorted, pass dense layers; the other three, side by side as
+Vectors, one-hots and bits of all names, sorted, pass dense layers; the other three, side by side as
 channels, pass convolutions. Stages of convolution and 2 x 2 max-pooling halve the image (an odd
 side is rounded up) while its sides stay at 4 or above; kernels are 5 x 5, and 3 x 3 for images with
 a side under 32. An image of 64 x 64 so has the four stages of DreamerV3 (Hafner et al. 2025); other
-sizes, grids and binary channels are of this package.
+sizes, grids, binary channels and bits are of this package.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mbrl_jax.nn.precision import FULL
 from mbrl_jax.nn.two_hot import symexp, symlog
 from mbrl_jax.types import RESERVED, ArraySpec, InputError, PyTree
 
-Kind = Literal["vector", "discrete", "image", "grid", "binary"]
+Kind = Literal["vector", "discrete", "image", "grid", "binary", "bits"]
 DECODER_BLOCKS = 8  # of the decoder's first layer, whatever the core has
 _SMALLEST = 4  # side that pooling leaves
 _SMALL = 32  # side below which kernels are 3 x 3
@@ -68,22 +69,23 @@ def parts_of(
 
     Args:
       obs: `EnvSpec.obs`.
-      binary: names of images or grids whose entries are all 0 or 1, whatever their dtype.
+      binary: names of arrays whose entries are all 0 or 1, whatever their dtype.
 
     Raises:
       InputError: an array that cannot be encoded: of more than three axes, without elements, of a
         dtype that is no number, or an image of another size than the others; a name in `binary`
-        that is no image or grid.
+        that is none of theirs, or of integers with a count.
     """
     named = {ONE_ARRAY: obs} if isinstance(obs, ArraySpec) else dict(obs)
     parts = [_part(name, named[name], binary) for name in sorted(named) if name not in RESERVED]
     if not parts:
         raise InputError(f"nothing to encode in an observation of {sorted(named)}; add an array")
+    numbers = [part.name for part in parts if part.kind != "discrete"]
     for name in binary:
-        if name not in [part.name for part in parts if part.spatial]:
+        if name not in numbers:
             raise InputError(
-                f"{name!r} is to be binary; images and grids here are "
-                f"{[part.name for part in parts if part.spatial]}; name one of them"
+                f"{name!r} is to be binary; arrays of numbers without a count are here {numbers}; "
+                "name one of them"
             )
     sides = {part.shape[:2]: part.name for part in parts if part.spatial}
     if len(sides) > 1:
@@ -106,9 +108,10 @@ def _part(name: str, spec: ArraySpec, binary: Collection[str]) -> Part:
         )
     if spec.num is not None:
         return Part(name, "discrete", spec.shape, spec.num)
+    binary_entries = name in binary or dtype.kind == "b"
     if not is_image(spec):
-        return Part(name, "vector", spec.shape)
-    if name in binary or dtype.kind == "b":
+        return Part(name, "bits" if binary_entries else "vector", spec.shape)
+    if binary_entries:
         return Part(name, "binary", spec.shape)
     return Part(name, "image" if dtype == np.uint8 else "grid", spec.shape)
 
@@ -226,7 +229,7 @@ def _loss(y: jax.Array, x: jax.Array, part: Part) -> jax.Array:
     if part.kind == "discrete":
         one_hot = jax.nn.one_hot(x, part.classes, dtype=y.dtype)
         terms = -jnp.sum(one_hot * jax.nn.log_softmax(y), -1)
-    elif part.kind == "binary":
+    elif part.kind in ("binary", "bits"):
         x = x.astype(y.dtype)
         terms = jax.nn.softplus(y) - x * y
     elif part.kind == "image":
@@ -239,15 +242,15 @@ def _loss(y: jax.Array, x: jax.Array, part: Part) -> jax.Array:
 def predictions(decoded: dict[str, jax.Array], parts: tuple[Part, ...]) -> dict[str, jax.Array]:
     """What the decoder predicts, in the units of the observations: {name: [*lead, *shape]}.
 
-    Vectors and grids are numbers, images brightnesses in [0, 255], binary channels chances of a 1,
-    all float32; discrete values are the likeliest, int32.
+    Vectors and grids are numbers, images brightnesses in [0, 255], binary channels and bits chances
+    of a 1, all float32; discrete values are the likeliest, int32.
     """
     made = {}
     for part in parts:
         y = decoded[part.name]
         if part.kind == "discrete":
             made[part.name] = jnp.argmax(y, -1).astype(jnp.int32)
-        elif part.kind == "binary":
+        elif part.kind in ("binary", "bits"):
             made[part.name] = jax.nn.sigmoid(y)
         elif part.kind == "image":
             made[part.name] = 255.0 * y
@@ -264,6 +267,8 @@ def _flat(x: jax.Array, part: Part, dtype: Any) -> jax.Array:
     lead = x.shape[: x.ndim - len(part.shape)]
     if part.kind == "discrete":
         return jax.nn.one_hot(x, part.classes, dtype=dtype).reshape(*lead, -1)
+    if part.kind == "bits":
+        return x.astype(dtype).reshape(*lead, -1)
     return symlog(_wide(x)).reshape(*lead, -1).astype(dtype)
 
 
