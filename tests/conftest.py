@@ -14,9 +14,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
 )
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
 os.environ["JAX_PLATFORMS"] = "cpu"
-# most of the time is compilation: with less optimisation, and without XLA's fusion emitters, which
-# take longest, the suite needs a third of it; XLA ends the process at a flag that it does not know
-FLAGS = "--xla_backend_optimization_level=1"
+# most of the time is compilation: without optimisation, and without XLA's fusion emitters, which
+# take longest, the suite needs a quarter of it; XLA ends the process at a flag that it does not
+# know
+FLAGS = "--xla_backend_optimization_level=0"
 if jaxlib_version < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
@@ -31,9 +32,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # the files that take longest, the longest first, so that no worker is left with one at the end
 LONGEST = (
-    "learning", "deep_agents", "dreamer_agent", "dreamer_switches", "dreamer", "runs", "search",
-    "mbpo", "loop", "search_transforms", "fit", "x64", "dyna", "readme_bits", "sharding",
-    "search_inputs", "totals", "env", "kill", "saving", "readme", "own_agents",
+    "learning", "deep_agents", "readme_bits", "book_figures", "x64", "dyna", "experiments",
+    "search", "dreamer_agent", "sharding", "loop", "mbpo", "runs", "search_inputs",
+    "search_transforms", "kill", "readme", "fit", "env", "dreamer_switches", "dreamer", "totals",
+    "saving", "own_agents",
 )  # fmt: skip
 
 
@@ -51,11 +53,11 @@ def lake():
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """Programs of runs compile as those of `probes.quick`; for runs that are short."""
-    from probes import quick_functions
+def optimised(monkeypatch):
+    """Programs of runs are optimised, for runs that are longer than their compilation."""
+    from probes import optimised_functions
 
-    monkeypatch.setattr("mbrl_jax.runtime.reuse.compiled", quick_functions)
+    monkeypatch.setattr("mbrl_jax.runtime.reuse.compiled", optimised_functions)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What tests share: tiny worlds of known values, slow gradients, and a compiler in a hurry."""
+"""What tests share: tiny worlds of known values, slow gradients, and a compiler that optimises."""
 
 import dataclasses
 import functools
@@ -136,40 +136,17 @@ def probes(gamma: float) -> dict[str, Probe]:
     }
 
 
-# what compiles four times as fast, and runs slower
-HASTE = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
-
-@functools.cache
-def haste():
-    """Those of `HASTE` that this version of XLA knows."""
-    known = {}
-    for name, value in HASTE.items():
-        try:
-            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
-
-
-def quick(function, **kwargs):
-    """`jax.jit` with little optimisation, since most of these tests' time is compilation."""
-    return jax.jit(function, compiler_options=haste(), **kwargs)
-
-
 usual_functions = reuse.compiled
+# the first level of optimisation, where the suite has none
+OPTIMISED = {"xla_backend_optimization_level": 1}
 
 
 @functools.lru_cache(8)
-def quick_functions(init, period, mesh, mode):
-    """`reuse.compiled` with little optimisation."""
-    init, chunk = (function.__wrapped__ for function in usual_functions(init, period, mesh, mode))
-    return quick(init), quick(chunk, donate_argnums=0)
+def optimised_functions(init, period, mesh, mode):
+    """`reuse.compiled` with `OPTIMISED`."""
+    init, chunk = (one.__wrapped__ for one in usual_functions(init, period, mesh, mode))
+    start = jax.jit(init, compiler_options=OPTIMISED)
+    return start, jax.jit(chunk, compiler_options=OPTIMISED, donate_argnums=0)
 
 
 def first_gradient(opt, b1=0.9):

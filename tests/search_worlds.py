@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from probes import quick
 
 from mbrl_jax import search
 from mbrl_jax.search import schedule
@@ -139,7 +138,7 @@ def searcher(library, policy, batch, num_simulations, transform=None, **options)
     `transform` makes the qtransform of x, numbers.
     """
 
-    @quick
+    @jax.jit
     def made(params, key, invalid, x):
         chosen = {} if transform is None else {"qtransform": transform(x)}
         return getattr(library, policy)(

@@ -181,7 +181,7 @@ def test_a_job_that_hangs_or_fails_does_not_stop_the_queue(accelerator, tmp_path
         make_job(accelerator, tmp_path, "long", GOOD, minutes=100.0),
         make_job(accelerator, tmp_path, "good", GOOD),
     ]
-    ended = list(accelerator.queue(jobs, 3.0, tmp_path, MACHINE))
+    ended = accelerator.queue(jobs, 3.0, tmp_path, MACHINE)
     states = {about["name"]: about["state"] for about in ended}
     assert states == {"hangs": "cut", "fails": "failed", "silent": "failed", "good": "done"}
     assert dies(int(pid.read_text()))
@@ -268,6 +268,53 @@ def test_records_are_whole_at_any_time(accelerator, tmp_path):
     assert len(seen) >= 3  # rows were there while it ran
 
 
+def test_jobs_beside_one_another_share_a_lock(accelerator, tmp_path):
+    """Each waits until the other has started, and then holds the lock alone."""
+    body = (
+        "import fcntl\n"
+        "own, other = sys.argv[1:3]\n"
+        "open(own, 'w').close()\n"
+        "while not os.path.exists(other):\n"
+        "    time.sleep(0.05)\n"
+        "with open(os.environ['MBRL_JAX_BENCHMARK_LOCK'], 'a') as file:\n"
+        "    fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "    begun = time.time()\n"
+        "    time.sleep(0.3)\n"
+        "    write([begun, time.time(), os.environ['XLA_PYTHON_CLIENT_PREALLOCATE']])\n"
+    )
+    here, there = tmp_path / "here", tmp_path / "there"
+    jobs = [
+        make_job(accelerator, tmp_path, name, body)._replace(options=f"{own} {other}")
+        for name, own, other in (("one", here, there), ("two", there, here))
+    ]
+    ended = accelerator.queue(jobs, 3.0, tmp_path, MACHINE, beside=2)
+    assert {about["state"] for about in ended} == {"done"}
+    assert all("BENCHMARK_LOCK" not in about["command"] for about in ended)
+    rows = sorted(read(tmp_path / f"{job.name}.json")["record"]["rows"] for job in jobs)
+    assert rows[0][1] <= rows[1][0]
+    assert {row[2] for row in rows} == {"false"}
+
+
+def test_a_signal_to_jobs_beside_one_another_ends_them_all(accelerator, tmp_path):
+    pids = [tmp_path / f"pid{n}" for n in range(2)]
+    jobs = [
+        make_job(accelerator, tmp_path, f"hangs{n}", HANGS.format(pid=str(pid)))
+        for n, pid in enumerate(pids)
+    ]
+    before = signal.signal(signal.SIGALRM, accelerator.stop)
+    signal.setitimer(signal.ITIMER_REAL, 2.5)
+    try:
+        with pytest.raises(SystemExit):
+            accelerator.queue(jobs, 3.0, tmp_path, MACHINE, beside=2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for n, pid in enumerate(pids):
+        assert dies(int(pid.read_text()))
+        stored = read(tmp_path / f"hangs{n}.unfinished.json")
+        assert (stored["job"]["state"], stored["record"]) == ("cut", {"rows": [1, 2, 3]})
+
+
 def test_a_signal_to_the_queue_ends_its_job_and_keeps_the_rows(accelerator, tmp_path):
     pid = tmp_path / "pid"
     job = make_job(accelerator, tmp_path, "hangs", HANGS.format(pid=str(pid)))
@@ -332,6 +379,7 @@ def test_bad_options_are_refused(accelerator, capsys):
     for options, word in (
         (["--minutes", "0"], "--minutes 0"),
         (["--minutes", "nan"], "--minutes nan"),
+        (["--minutes", "5", "--beside", "0"], "--beside 0"),
         (["--minutes", "5", "--only", "nothing"], "--only nothing"),
         (["--smoke", "--out", committed], "committed"),
         (["--smoke", "--list"], "--list"),

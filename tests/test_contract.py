@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import toys
 from helpers import assert_same, train_until
-from probes import quick
 from scipy import stats
 from toys import ACTIONS, CELLS, LIMIT, TOY, judge
 
@@ -30,7 +29,7 @@ def doors():
 def whole(doors):
     """The toy's uncut run of three seeds, vmapped."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return quick(jax.vmap(make_train(TOY, doors, **RUN)))(keys)
+    return jax.jit(jax.vmap(make_train(TOY, doors, **RUN)))(keys)
 
 
 def test_a_dict_of_observations_is_described_and_cast(doors):
@@ -169,7 +168,6 @@ def test_values_and_priorities_are_written_back(whole):
     assert len(np.unique(values)) > 3, "priorities of their own"
 
 
-@pytest.mark.usefixtures("hasty")
 def test_chunks_resume_and_seeds_give_the_same_bits(doors, whole, tmp_path):
     state, history = whole
     fields = {"seeds": 3, "seed_mode": "vmap", **RUN}
@@ -184,7 +182,6 @@ def test_chunks_resume_and_seeds_give_the_same_bits(doors, whole, tmp_path):
     assert_same(one_by_one.state, state)
 
 
-@pytest.mark.usefixtures("hasty")
 def test_an_evaluation_of_ones_own_is_named_in_the_run(doors, tmp_path):
     train(TOY, doors, out=tmp_path / "run", **RUN)
     with pytest.raises(InputError, match="evaluate"):
@@ -243,7 +240,7 @@ def test_agents_learn_with_masks_and_never_break_them(name):
     """Action 2 in cell 1 and the like: the best legal way comes to cell 0 at every second step."""
     env = toys.make(toys.Doors)
     cfg = AGENTS[name].config_for(env.spec, **DEEP[name])
-    history = quick(make_train(name, env, 6_000, eval_every=2_000, eval_episodes=32))(
+    history = jax.jit(make_train(name, env, 6_000, eval_every=2_000, eval_episodes=32))(
         jax.random.key(1), cfg
     )[1]
     # a shut action costs 100, and no period sums up to less than nothing
@@ -312,12 +309,17 @@ MODES = [
     ("sac", "Pendulum-v1", {"hidden": (8,), "critic_hidden": (8,)}),
     ("pets", "Pendulum-v1", {}),
     ("mbpo", "Pendulum-v1", {}),
+    ("dreamer", "CartPole-v1", {"size": "nano"}),
+    ("dreamer", "Pendulum-v1", {"size": "nano"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "world", "fields"), MODES, ids=str)
 def test_random_mode_is_uniform_and_calls_no_network(name, world, fields):
-    """Memory and extras belong to the action: the log-probability is that of a uniform draw."""
+    """Memory and extras belong to the action: the log-probability is that of a uniform draw.
+
+    Dreamer's networks are called, since its records hold the latents of random steps too.
+    """
     spec = make_env(world).spec
     agent = make_agent(name, spec, AGENTS[name].config_for(spec, **fields))
     state = jax.eval_shape(agent.init, jax.random.key(0))
@@ -330,7 +332,8 @@ def test_random_mode_is_uniform_and_calls_no_network(name, world, fields):
 
     key, now = jax.random.key(3), jnp.int32(7)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
-    assert "dot_general" not in str(jax.make_jaxpr(act)(key, zeros, now))
+    program = str(jax.make_jaxpr(act)(key, zeros, now))
+    assert ("dot_general" in program) == (name == "dreamer")
     action, after, extras = jax.jit(act)(key, zeros, now)
     assert jax.tree.structure(after) == jax.tree.structure(memory)
     if spec.discrete:
@@ -343,6 +346,10 @@ def test_random_mode_is_uniform_and_calls_no_network(name, world, fields):
         choices = spec.num_actions or 2.0 ** len(spec.action_low)
         np.testing.assert_allclose(extras, -np.log(choices), rtol=1e-6)
         assert extras.shape == (num,)
+    if name == "dreamer":
+        done = jax.nn.one_hot(action, spec.num_actions) if spec.discrete else spec.to_unit(action)
+        np.testing.assert_array_equal(after.action, done)
+        np.testing.assert_array_equal(extras["deter"], after.latent.deter)
 
 
 def test_transitions_are_built_by_name():

@@ -9,7 +9,6 @@ import pytest
 from flax import struct
 from gymnax.environments import environment, spaces
 from jaxprs import equations, loops
-from probes import quick
 
 from mbrl_jax.envs.env import Env, reset_batch, step_batch
 from mbrl_jax.types import EnvSpec
@@ -70,7 +69,7 @@ def equal(a, b):
 @pytest.mark.parametrize("num_envs", [1, 5, 64, 130])
 def test_starts_have_the_bits_of_resets_everywhere(num_envs, delayed):
     plain, few = (
-        quick(functools.partial(steps, env(costly), num_envs=num_envs, delayed=delayed))(
+        jax.jit(functools.partial(steps, env(costly), num_envs=num_envs, delayed=delayed))(
             jax.random.key(2)
         )
         for costly in (False, True)
@@ -86,8 +85,8 @@ def test_starts_have_the_bits_of_resets_everywhere(num_envs, delayed):
 def test_seeds_in_one_batch_are_those_of_runs_alone():
     keys = jax.random.split(jax.random.key(3), 3)
     run = functools.partial(steps, env(True), num_envs=5, delayed=False)
-    together = quick(jax.vmap(run))(keys)
-    alone = [quick(run)(key) for key in keys]
+    together = jax.jit(jax.vmap(run))(keys)
+    alone = [jax.jit(run)(key) for key in keys]
     equal(together, jax.tree.map(lambda *x: np.stack(x), *alone))
 
 
@@ -109,7 +108,9 @@ def test_a_step_makes_few_starts_at_a_time_and_none_outside_the_loop(num_envs, a
 
 def test_cached_starts_need_no_loop():
     pooled = env(True, cached_resets=2)
-    _, taken = quick(functools.partial(steps, pooled, num_envs=4, delayed=False))(jax.random.key(0))
+    _, taken = jax.jit(functools.partial(steps, pooled, num_envs=4, delayed=False))(
+        jax.random.key(0)
+    )
     worlds = np.asarray(taken.obs)[np.asarray(taken.is_first)]
     # the first ones are drawn from the pool too
     assert len(np.unique(worlds, axis=0)) == 2

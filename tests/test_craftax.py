@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax import InputError, make_env
 from mbrl_jax.envs import craftax, list_envs
@@ -27,8 +26,8 @@ def world():
     world = make_craftax_env_from_name(craftax.SYMBOLIC, auto_reset=False)
     params = world.default_params
     with jax.numpy_rank_promotion("allow"):
-        reset = quick(lambda key: world.reset_env(key, params))
-        step = quick(lambda *args: world.step_env(*args, params))
+        reset = jax.jit(lambda key: world.reset_env(key, params))
+        step = jax.jit(lambda *args: world.step_env(*args, params))
         yield world, reset, step
 
 
@@ -51,7 +50,7 @@ def run(env, delayed):
         batch = reset_batch(env, key, NUM_ENVS, delayed)
         return batch.env, jax.lax.scan(one, batch, jax.random.split(key, STEPS))[1]
 
-    return jax.tree.map(np.asarray, quick(whole)(jax.random.key(1)))
+    return jax.tree.map(np.asarray, jax.jit(whole)(jax.random.key(1)))
 
 
 def pick(tree, *index):
@@ -154,7 +153,7 @@ def test_pictures_are_craftaxs_own_as_bytes(world):
 
     key = jax.random.key(4)
     with jax.numpy_rank_promotion("allow"):
-        first, theirs = jax.tree.map(np.asarray, quick(seen)(key))
+        first, theirs = jax.tree.map(np.asarray, jax.jit(seen)(key))
     assert 0.0 <= theirs.min() < theirs.max() <= 1.0
     ours = np.asarray(env.base._observed(theirs))
     assert ours.dtype == np.uint8
@@ -163,7 +162,7 @@ def test_pictures_are_craftaxs_own_as_bytes(world):
     # by day and awake colours are whole numbers, and stay what they are
     noon = theirs[-1] * 255.0
     assert np.mean(np.abs(noon - np.round(noon)) < 1e-3) > 0.9
-    state, obs = quick(env.reset)(key)
+    state, obs = jax.jit(env.reset)(key)
     assert state.state_rng.dtype == np.uint32
     assert obs.dtype == np.uint8
     np.testing.assert_allclose(obs / 255.0, first, atol=half)

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import COLLECTIVES, CONTINUOUS, SMALL, assert_same, rows, saved, steps, train_until
-from probes import make, probes, quick, usual_functions
+from probes import OPTIMISED, make, probes
 
 from mbrl_jax import AGENTS, InputError, make_env, make_train, train
 from mbrl_jax.__main__ import main
-from mbrl_jax.runtime import devices, reuse
+from mbrl_jax.runtime import devices
 from mbrl_jax.runtime.loop import make_program
 from mbrl_jax.runtime.train import Diverged, make_job, traced
 
-pytestmark = pytest.mark.usefixtures("hasty", "no_curves")
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 # what differs in the state: every switch that adds a part to it
 CASES = {
@@ -77,16 +77,17 @@ def case(name):
         ]
     ),
 )
-def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path, monkeypatch):
+def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path, request):
     agent, env, fields = case(name)
     config = AGENTS[agent].config_for(env.spec.id, **fields)
-    compiled = quick
-    if agent == "dreamer":  # at XLA's lowest level its two programs add in another order
-        monkeypatch.setattr(reuse, "compiled", usual_functions)
-        compiled = jax.jit
-    uncut = compiled(devices.over_seeds(
-        make_train(agent, env, **PLAN), devices.seed_mesh(2), "map", shared=1
-    ))  # fmt: skip
+    options = None
+    if agent == "dreamer":  # without optimisation its two programs add in another order
+        request.getfixturevalue("optimised")
+        options = OPTIMISED
+    uncut = jax.jit(
+        devices.over_seeds(make_train(agent, env, **PLAN), devices.seed_mesh(2), "map", shared=1),
+        compiler_options=options,
+    )
     state, history = uncut(jax.random.split(jax.random.key(0), 2), traced(config))
 
     run = {**PLAN, **fields, "seeds": 2, "seed_mode": "map", "out": tmp_path / "run"}
@@ -116,14 +117,14 @@ def test_seeds_vmapped_mapped_and_sharded_agree_after_a_few_updates(name):
             return program.period(program.init(key, config), config, jnp.int32(0))[0].agent
 
         arguments = devices.put_seeds(keys, mesh), traced(config)
-        run = quick(devices.over_seeds(whole, mesh, mode, shared=1)).lower(*arguments).compile()
+        run = jax.jit(devices.over_seeds(whole, mesh, mode, shared=1)).lower(*arguments).compile()
         assert not re.findall(COLLECTIVES, run.as_text())
         return run(*arguments)
 
     one, eight = devices.seed_mesh(1), devices.seed_mesh(8)
     runs = [ended(one, "vmap"), ended(one, "map"), ended(eight, "vmap")]
     assert len(jax.tree.leaves(runs[2])[0].sharding.device_set) == 8
-    start = quick(jax.vmap(lambda key: program.init(key, config).agent))(keys)
+    start = jax.jit(jax.vmap(lambda key: program.init(key, config).agent))(keys)
     params = [getattr(state, "learner", state).params for state in (start, runs[0])]
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, params), strict=True)]
     assert max(moved) > 1e-4, "no update was made"
@@ -156,7 +157,7 @@ def test_imagined_rows_are_not_copied_at_every_step():
         assert not re.findall(rf"= \w+\[2,{rows},\d+\]\S* scatter\(", body)
 
 
-@pytest.mark.parametrize("name", ["dqn", "ppo", "sac"])
+@pytest.mark.parametrize("name", ["dqn", "ppo", "sac", "dreamer"])
 def test_a_replay_is_neither_copied_nor_scattered_into_in_the_vmapped_loop(name):
     agent, env, fields = case(name)
     rows_of = 4096
@@ -237,11 +238,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, t
 
 
 def test_actions_beyond_the_bounds_are_counted():
-    _, history = quick(make_train("ppo", make_env("Pendulum-v1"), 64, 64, 0))(
+    _, history = jax.jit(make_train("ppo", make_env("Pendulum-v1"), 64, 64, 0))(
         jax.random.key(0), AGENTS["ppo"].config_for("", **SMALL["ppo"])
     )
     assert 0 < history["actions_outside"][0] < 64, "a normal of deviation 1 leaves [-1, 1]"
-    _, history = quick(make_train("sac", make_env("Pendulum-v1"), 64, 64, 0))(
+    _, history = jax.jit(make_train("sac", make_env("Pendulum-v1"), 64, 64, 0))(
         jax.random.key(0), AGENTS["sac"].config_for("", **SMALL["sac"])
     )
     assert history["actions_outside"].tolist() == [0.0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from probes import assert_near, first_gradient, quick, randomly, slopes, zeros
+from probes import assert_near, first_gradient, randomly, slopes, zeros
 from scipy import stats
 
 from mbrl_jax import AGENTS, make_agent, make_env, make_train
@@ -29,15 +29,15 @@ PLAIN = AGENTS["dqn"].config_for(
     "", **SMALL, double=False, duelling=False, n_step=1, prioritised=False, loss="square",
     steps_per_update=2, updates=2, target_period=3,
 )  # fmt: skip
-OBSERVE = quick(lambda config, *args: dqn.make(config, SPEC).observe(*args))
+OBSERVE = jax.jit(lambda config, *args: dqn.make(config, SPEC).observe(*args))
 
 
 def _update(config, state, key, t):
     return dqn.make(config, SPEC).update(state, key, t, t // config.steps_per_update)
 
 
-UPDATE = quick(_update)
-SAMPLE = quick(prioritised.make(12).sample, static_argnums=2)
+UPDATE = jax.jit(_update)
+SAMPLE = jax.jit(prioritised.make(12).sample, static_argnums=2)
 
 
 def start(cfg, seed=0):

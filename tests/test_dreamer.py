@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import golden, part, tree
-from probes import quick
 from test_dreamer_losses import close
 
 from mbrl_jax.agents import dreamer
@@ -114,7 +113,7 @@ def whole_update(name):
         learnt = dreamer.learn(cfg, SPECS[name], state, window, draws, number)
         return *loss(*given), *learnt
 
-    return quick(run)
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,13 +1,15 @@
 """Dreamer as an agent: acting with a memory, its records, and latents that are written back."""
 
 import dataclasses
-from functools import partial
+import re
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick, randomly, zeros
+from helpers import COLLECTIVES
+from probes import randomly, zeros
 from test_dreamer_switches import CFG, DISCRETE, SPEC, B, T, changed, draws_of, start_of, state_of
 
 from mbrl_jax import AGENTS, InputError, make_agent, make_env, train
@@ -15,6 +17,7 @@ from mbrl_jax.agents import dreamer, dreamer_records
 from mbrl_jax.agents.dreamer_config import model_of, window_length
 from mbrl_jax.models import rssm_heads
 from mbrl_jax.nn.two_hot import symexp_bins, two_hot_mean
+from mbrl_jax.runtime import devices
 from mbrl_jax.types import Step
 
 N = 3
@@ -24,7 +27,7 @@ def acting(cfg, spec, mode):
     def run(state, memory, obs, is_first, key):
         return dreamer.act(cfg, spec, state, memory, obs, is_first, key, jnp.int32(0), mode)
 
-    return quick(run)
+    return jax.jit(run)
 
 
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE], ids=["numbers", "classes"])
@@ -71,19 +74,32 @@ def test_random_actions_are_remembered_and_evaluations_sample(spec):
     assert len({str(actions) for actions in played}) > 1
 
 
-def test_an_update_writes_its_latents_back_and_nothing_else():
-    """A round of several updates, of which the later ones read what the earlier ones wrote."""
-    updates = 3
-    cfg = changed(train_ratio=B * T * updates)
-    shapes = jax.eval_shape(partial(dreamer.init, cfg, SPEC), jax.random.key(0))
-    replay = dreamer_records.replay_of(cfg, SPEC)
-    filled = randomly(shapes.replay, 4)
-    filled["uint8"] = jnp.asarray(np.random.default_rng(0).integers(0, 2, (64, 35)), jnp.uint8)
-    state = state_of(cfg, SPEC)._replace(replay=filled)
-    t, n, key = jnp.int32(40), jnp.int32(7), jax.random.key(5)
-    after, metrics = quick(partial(dreamer.update, cfg, SPEC))(state, key, t, n)
+UPDATES = 3
+ROUND = changed(train_ratio=B * T * UPDATES)
 
-    @quick
+
+@cache
+def update_alone():
+    """A round of one seed, of which the later updates read what the earlier ones wrote."""
+    return jax.jit(lambda cfg, *given: dreamer.update(cfg, SPEC, *given))
+
+
+def filled(seed):
+    """A state of random parameters whose replay is full of random records."""
+    state = state_of(ROUND, SPEC)
+    bits = jnp.asarray(np.random.default_rng(seed).integers(0, 2, (64, 35)), jnp.uint8)
+    replay = {**randomly(state.replay, 4 + seed), "uint8": bits}
+    params = jax.tree.map(lambda x: (1 + 0.1 * seed) * x, state.params)
+    return state._replace(replay=replay, params=params)
+
+
+def test_an_update_writes_its_latents_back_and_nothing_else():
+    cfg, updates = ROUND, UPDATES
+    replay, state = dreamer_records.replay_of(cfg, SPEC), filled(0)
+    t, n, key = jnp.int32(40), jnp.int32(7), jax.random.key(5)
+    after, metrics = update_alone()(cfg, state, key, t, n)
+
+    @jax.jit
     def one(state, key, number, queue):
         keys = [jax.random.fold_in(key, 2 * number + i) for i in range(2)]
         window, index, queue = replay.sample_online(
@@ -103,7 +119,7 @@ def test_an_update_writes_its_latents_back_and_nothing_else():
                 records.deter[place] = latent.deter[row, step]
                 records.stoch[place] = np.argmax(latent.stoch[row, step], -1)
         expected = expected._replace(replay=replay.ring.layout.pack(records))
-    found, old = replay.ring.all(after.replay), replay.ring.all(filled)
+    found, old = replay.ring.all(after.replay), replay.ring.all(state.replay)
     for name, kept in records._asdict().items():
         # classes that a rounding error decides are few
         off = ~np.isclose(getattr(found, name), kept, rtol=1e-4, atol=1e-5)
@@ -116,9 +132,43 @@ def test_an_update_writes_its_latents_back_and_nothing_else():
     assert np.isfinite(list(metrics.values())).all()
 
 
+@pytest.mark.parametrize("mode", ["vmap", "map"])
+def test_seeds_on_eight_devices_are_seeds_alone(mode):
+    """Within a rounding error, but for few entries: LaProp scales a gradient that is no more."""
+    cfg = dataclasses.replace(ROUND, learning_rate=1e-3, warmup_updates=0.0)
+    states, keys = [filled(seed) for seed in range(16)], jax.random.split(jax.random.key(6), 16)
+    t, n = jnp.int32(40), jnp.int32(7)
+    mesh = devices.seed_mesh(16)
+
+    def of_seed(state, key, cfg):
+        return dreamer.update(cfg, SPEC, state, key, t, n)
+
+    given = jax.tree.map(lambda *x: jnp.stack(x), *states), devices.put_seeds(keys, mesh), cfg
+    run = jax.jit(devices.over_seeds(of_seed, mesh, mode, shared=1)).lower(*given).compile()
+    assert not re.findall(COLLECTIVES, run.as_text())
+    after, metrics = run(*given)
+    for seed in (0, 9, 15):
+        alone, numbers = update_alone()(cfg, states[seed], keys[seed], t, n)
+        here = jax.tree.map(lambda x, seed=seed: np.asarray(x)[seed], (after, metrics))
+        for name, number in numbers.items():
+            np.testing.assert_allclose(here[1][name], number, rtol=1e-3, atol=1e-4, err_msg=name)
+        for name in ("params", "slow", "opt", "replay"):
+            found, expected, before = (
+                np.concatenate(
+                    [np.float64(x).ravel() for x in jax.tree.leaves(getattr(state, name))]
+                )
+                for state in (here[0], alone, states[seed])
+            )
+            off = ~np.isclose(found, expected, rtol=1e-3, atol=1e-4)
+            assert off.mean() < 1e-3, name
+            assert (~np.isclose(expected, before, rtol=1e-3, atol=4e-4)).mean() > 0.1, name
+        assert here[0].queue == alone.queue
+        np.testing.assert_allclose(here[0].range_, alone.range_, rtol=1e-4)
+
+
 def test_a_record_waits_for_what_comes_with_its_observation():
     state = zeros(jax.eval_shape(partial(dreamer.init, CFG, SPEC), jax.random.key(0)))
-    observe = quick(partial(dreamer.observe, CFG, SPEC))
+    observe = jax.jit(partial(dreamer.observe, CFG, SPEC))
     flag = np.zeros(1, bool)
     for t in range(3):
         obs = np.full((1, 3), float(t), np.float32)
@@ -158,8 +208,8 @@ def test_the_gradient_through_the_dynamics_is_the_slope_of_the_loss():
         given = ({**params, "actor": actor}, state.slow, state.range_, start, draws)
         return jnp.mean(dreamer.imagine(cfg, model, *given).actor)
 
-    value = quick(loss)
-    grad = quick(jax.grad(loss))(params["actor"])
+    value = jax.jit(loss)
+    grad = jax.jit(jax.grad(loss))(params["actor"])
     for seed in range(3):
         # steep ways, so that little is lost to rounding
         way = jax.tree.map(lambda x, y: x * jnp.abs(y), grad, randomly(grad, seed))
@@ -187,10 +237,10 @@ def test_reward_and_continue_are_learnt_in_a_chain_of_two_states():
         first, last, terminal, np.zeros((B, T + 1, 128), np.float32),
         np.zeros((B, T + 1, 32), np.uint8),
     )  # fmt: skip
-    state = quick(partial(dreamer.init, cfg, SPEC))(jax.random.key(0))
+    state = jax.jit(partial(dreamer.init, cfg, SPEC))(jax.random.key(0))
     state, model = state._replace(replay=(), arrived=()), model_of(cfg, SPEC)
 
-    @quick
+    @jax.jit
     def learn(state, key, number):
         draws = dreamer.draw(cfg, SPEC, key)
         state, learnt, metrics = dreamer.learn(cfg, SPEC, state, window, draws, number)
@@ -209,7 +259,7 @@ def test_reward_and_continue_are_learnt_in_a_chain_of_two_states():
 
 @pytest.mark.parametrize("name", ["Breakout-MinAtar", "FrozenLake-misc", "Catch-bsuite"])
 def test_observations_of_every_kind_are_reconstructed(name):
-    """By shapes alone: an update and a step on binary images, integers, and tables of numbers."""
+    """By shapes alone: an update and a step on binary images, integers, and boards of marks."""
     spec = make_env(name).spec
     cfg = AGENTS["dreamer"].config_for(spec, size="nano", num_envs=1, train_ratio=1024)
     agent = make_agent("dreamer", spec, cfg)
@@ -220,7 +270,7 @@ def test_observations_of_every_kind_are_reconstructed(name):
         lambda x: (x.shape, x.dtype), state
     )
     assert "rec_obs_loss" in metrics
-    kind = {"Breakout-MinAtar": "binary", "FrozenLake-misc": "discrete", "Catch-bsuite": "vector"}
+    kind = {"Breakout-MinAtar": "binary", "FrozenLake-misc": "discrete", "Catch-bsuite": "bits"}
     assert model_of(cfg, spec).obs[0].kind == kind[name]
     given = (state, agent.init_memory(2), spec.zero_obs(2), jnp.ones(2, bool), key, t)
     action, _, _ = jax.eval_shape(partial(agent.act, mode="train"), *given)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import golden, part
-from probes import quick
 
 from mbrl_jax.agents import dreamer_losses as losses
 from mbrl_jax.models import rssm_latents
@@ -63,7 +62,7 @@ def test_lambda_returns_are_averages_of_n_step_returns(steps, varies):
     discount = rng.choice([0.0, 0.9, 1.0], size=(steps, 3), p=[0.2, 0.6, 0.2])
     lam = rng.choice([0.0, 0.95], size=(steps, 3)) if varies else np.full((steps, 3), 0.8)
     given = (reward, discount, value, lam if varies else 0.8)
-    found = quick(lambda_returns)(*map(np.float32, given))
+    found = jax.jit(lambda_returns)(*map(np.float32, given))
     for i in range(3):
         expected = slow_returns(reward[:, i], discount[:, i], value[:, i], lam[:, i])
         np.testing.assert_allclose(found[:, i], expected, rtol=1e-5, atol=1e-5)
@@ -101,7 +100,7 @@ def test_a_replayed_return_ends_with_its_episode():
 def test_the_range_of_returns_is_the_authors():
     got = golden("g2_retnorm")
     range_ = normaliser.init_range()
-    update = quick(normaliser.update_range)
+    update = jax.jit(normaliser.update_range)
     for i in range(6):
         range_ = update(range_, got["x"][i])
         np.testing.assert_allclose(range_.low, got["state_lo"][i], rtol=1e-5)
@@ -157,7 +156,7 @@ def test_divergences_and_their_gradients_are_the_authors():
 
     for name in ("dyn", "rep"):
         slope = jax.value_and_grad(partial(total, name=name), (0, 1), has_aux=True)
-        (_, made), grads = quick(slope)(*logits)
+        (_, made), grads = jax.jit(slope)(*logits)
         close(made[name], got[name])
         for grad, which in zip(grads, ("post", "prior"), strict=True):
             expected = got[f"d{name}_d{which}"]
@@ -204,7 +203,7 @@ def test_imagination_losses_of_the_authors(kind):
     got, bins = golden(f"g2_imag_loss_{kind}"), golden("g2_twohot")["bins"]
     outputs = ["actor_logits"] if kind == "disc" else ["actor_mean_raw", "actor_std_raw"]
 
-    @quick
+    @jax.jit
     def both(raw, arrays, range_):
         value = arrays["value"]
         returns, weight = losses.imagined_returns(arrays["reward"], arrays["cont"], value, LAM)
@@ -285,7 +284,7 @@ def test_the_replayed_critic_of_the_authors():
         loss = losses.critic_loss(logits[:-1], returns, slow[:-1], 1.0 - last[:-1], bins)
         return jnp.mean(loss), (loss, returns)
 
-    (value, (loss, returns)), grad = quick(jax.value_and_grad(mean, has_aux=True))(
+    (value, (loss, returns)), grad = jax.jit(jax.value_and_grad(mean, has_aux=True))(
         in_time(got["value_logits"])
     )
     close(returns, in_time(got["ret"]))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import struct
 from goldens import golden, part
-from probes import quick
 
 from mbrl_jax import InputError
 from mbrl_jax.agents import AgentDef, dreamer, dreamer_records
@@ -132,7 +131,7 @@ def streams():
         start = program.init(key, RECORDER.config)
         return program.period(start, RECORDER.config, jnp.int32(0))[0].agent[0]
 
-    rows = quick(run)(jax.random.key(0))
+    rows = jax.jit(run)(jax.random.key(0))
     kept = replay_like(SPEC.example_obs()).ring.all(rows)
     return jax.tree.map(lambda x: np.asarray(x).reshape(TICKS, ENVS, *x.shape[1:]), kept)
 

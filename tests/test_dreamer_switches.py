@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick, randomly, zeros
+from probes import randomly, zeros
 
 from mbrl_jax.agents import dreamer, dreamer_losses, dreamer_records
 from mbrl_jax.agents.dreamer_config import Config, model_of, window_length
@@ -64,7 +64,7 @@ def window_of(cfg, spec, seed=0, first=(2,)):
 
 
 def draws_of(cfg, spec, seed=3):
-    return quick(partial(dreamer.draw, cfg, spec))(jax.random.key(seed))
+    return jax.jit(partial(dreamer.draw, cfg, spec))(jax.random.key(seed))
 
 
 # the posterior
@@ -85,8 +85,8 @@ def by_hand(cfg, spec, params, window, noise):
     state = rssm.zero_state((B,), 128, 32, 4, model.dtype)
     if cfg.replay_context == "stored":
         state = dreamer_records.unstored(model, window.deter[:, 0], window.stoch[:, 0])
-    step = quick(partial(rssm.step, **model.latent))
-    encode = quick(lambda params, obs: rssm_codec.encode(params, obs, model.obs, model.dtype))
+    step = jax.jit(partial(rssm.step, **model.latent))
+    encode = jax.jit(lambda params, obs: rssm_codec.encode(params, obs, model.obs, model.dtype))
     vectors = rssm_actions.action_vector(window.action, model.actions)
     found = []
     for place in range(start, length):
@@ -157,7 +157,7 @@ def slow_imagination(cfg, spec):
     model = model_of(cfg, spec)
     dtype, bins, params = model.dtype, symexp_bins(), state.params
 
-    @quick
+    @jax.jit
     def at(params, slow, latent, noise):
         policy = rssm_actions.policy(
             rssm_heads.actor(params["actor"], *latent, dtype), cfg.policy_unimix
@@ -172,7 +172,7 @@ def slow_imagination(cfg, spec):
         means = {name: two_hot_mean(x, bins) for name, x in heads.items()}
         return action, log_prob, rssm_actions.policy_entropy(policy), cont, means, heads["critic"]
 
-    @quick
+    @jax.jit
     def onward(params, latent, action, noise):
         deter = rssm.core(params, latent, action, dtype)
         logits = rssm.prior_logits(params, deter, 32, dtype)
@@ -219,7 +219,7 @@ def check_imagination(cfg=CFG, spec=SPEC):
         given = (model_of(cfg, spec), state.params, state.slow, state.range_, start, draws)
         return dreamer.imagine(cfg, *given)
 
-    found = quick(run)(state, start_of(), draws_of(cfg, spec))
+    found = jax.jit(run)(state, start_of(), draws_of(cfg, spec))
     actor, critic, returns = slow_imagination(cfg, spec)
     np.testing.assert_allclose(found.returns, returns, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(found.actor, actor, rtol=1e-3, atol=1e-3)
@@ -289,7 +289,7 @@ def movers(cfg, spec):
         return sum(weights[name] * mean for name, mean in means.items()), means
 
     names = jax.eval_shape(one, state.params, dict.fromkeys(ALL_LOSSES, 0.0))[1]
-    run, found = quick(jax.grad(one, has_aux=True)), {}
+    run, found = jax.jit(jax.grad(one, has_aux=True)), {}
     for name in names:
         grads, means = run(state.params, {other: float(other == name) for other in ALL_LOSSES})
         assert np.isfinite(list(means.values())).all()

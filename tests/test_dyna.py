@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 from scipy import stats
 
 import mbrl_jax
@@ -138,10 +137,10 @@ class Book:
 def test_updates_equal_the_book(fields):
     cfg = AGENTS["dyna_q"].config_for("", gamma=0.9, **fields)
     agent = make_agent("dyna_q", SPEC, cfg)
-    observe, update = quick(agent.observe), quick(agent.update)
-    sample = quick(lambda visits, key: tabular.sample_pairs(
+    observe, update = jax.jit(agent.observe), jax.jit(agent.update)
+    sample = jax.jit(lambda visits, key: tabular.sample_pairs(
         visits, key, cfg.planning_steps, A, cfg.sampler))  # fmt: skip
-    state, book = quick(agent.init)(jax.random.key(0)), Book(cfg)
+    state, book = jax.jit(agent.init)(jax.random.key(0)), Book(cfg)
     for t, (s, a, r, ns, end) in enumerate(wander(0, 40)):
         step = Step(
             np.int32([s]), np.int32([a]), np.float32([r]), np.int32([ns]),
@@ -159,12 +158,12 @@ def test_updates_equal_the_book(fields):
 def test_actions_are_epsilon_greedy_with_random_ties():
     values = jnp.array([1.0, 3.0, 3.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = quick(jax.vmap(lambda key: dyna.select_action(values, 0.2, key)))(keys)
+    drawn = jax.jit(jax.vmap(lambda key: dyna.select_action(values, 0.2, key)))(keys)
     counts = np.bincount(drawn, minlength=4)
     expected = 20_000 * np.array([0.05, 0.45, 0.45, 0.05])
     assert stats.chisquare(counts, expected).pvalue > 1e-4
     keys = jax.random.split(jax.random.key(1), 1000)
-    first = quick(jax.vmap(lambda key: dyna.select_action(values, 0.0, key, "first")))(keys)
+    first = jax.jit(jax.vmap(lambda key: dyna.select_action(values, 0.0, key, "first")))(keys)
     assert set(first.tolist()) == {1}
 
 
@@ -228,6 +227,7 @@ def test_dyna_q_learns_the_optimal_policy_of_every_deterministic_world(id, argum
     assert not wrong.any(), f"{wrong.sum()} of {explored.sum()} states"
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("agent", ["dyna_q", "prioritised_sweeping"])
 def test_counts_converge_to_the_exact_value_of_the_slippery_lake(agent):
     """V*(start) = 0.5420 at gamma 0.99, solved exactly by value iteration."""
@@ -244,7 +244,6 @@ def test_counts_converge_to_the_exact_value_of_the_slippery_lake(agent):
     assert values[:, 0].mean() == pytest.approx(exact[0], abs=max(0.02, 2 * half_width))
 
 
-@pytest.mark.usefixtures("hasty")
 def test_first_index_ties_never_reach_the_goal_and_optimism_mends_it(lake):
     """Section 4.6 of the measurements: 0 of 20 seeds with first-index ties, all with optimism."""
     common = {"seeds": 20, "eval_every": 500, "eval_episodes": 0, "planning_steps": 0}
@@ -254,7 +253,6 @@ def test_first_index_ties_never_reach_the_goal_and_optimism_mends_it(lake):
     assert (hopeful.history["train_reward"].sum(axis=1) > 0).all()
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("bonus", [{"bonus": "rmax"}, {"bonus": "mbie_eb", "beta": 1.0}], ids=str)
 def test_exploration_bonuses_visit_more_of_the_maze(bonus):
     env = mbrl_jax.make_env("DynaMaze-sutton", max_steps_in_episode=10**6)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax.models import dynamics, ensemble
 from mbrl_jax.models.dynamics import Bounds, Config, Gaussian
@@ -133,7 +132,7 @@ def test_propagated_moments_equal_the_closed_form(propagation):
         start = jnp.broadcast_to(jnp.float32(START)[None], (rows, 2))
         return jax.lax.scan(step, start, jnp.arange(STEPS))[0]
 
-    last = quick(jax.vmap(roll))(jax.random.split(jax.random.key(1), batches))
+    last = jax.jit(jax.vmap(roll))(jax.random.split(jax.random.key(1), batches))
     last = np.float64(last).reshape(-1, 2)
     mean, var = closed_form(propagation)
     effective = batches * (rows if propagation == "moment_matching" else 3)
@@ -157,7 +156,7 @@ def test_ts1_gives_each_state_each_elite_equally_often_in_a_batch_of_any_size(nu
                 ).next_obs
             )
         )
-        member = np.rint(np.asarray(quick(step)(keys))[..., 0] - 1).astype(int)
+        member = np.rint(np.asarray(jax.jit(step)(keys))[..., 0] - 1).astype(int)
         assert member.shape == (3_000, num)
         for row in range(num):
             count = np.bincount(member[:, row], minlength=4)
@@ -171,7 +170,7 @@ def test_ts1_gives_each_state_each_elite_equally_often_in_a_batch_of_any_size(nu
 
 def test_tsinf_keeps_the_member_of_a_row():
     many, params = linear((0.0, 1.0, 2.0), (1e-12,) * 3)
-    step = quick(lambda key, score: many.sample(
+    step = jax.jit(lambda key, score: many.sample(
         params, jnp.ones((8, 2)), jnp.zeros((8, 1)), key, "tsinf", score
     ).next_obs[:, 0], static_argnums=1)  # fmt: skip
     for score in ("none", "std"):

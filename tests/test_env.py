@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax import make_env
 from mbrl_jax.envs import list_envs
@@ -18,8 +17,8 @@ from mbrl_jax.types import InputError
 
 def batches(env, num_envs, **kwargs):
     """A first batch, and (key, batch, action) -> the next one and the step; both compiled."""
-    start = quick(lambda key: reset_batch(env, key, num_envs, **kwargs))(jax.random.key(0))
-    return start, quick(lambda key, batch, action: step_batch(env, key, batch, action))
+    start = jax.jit(lambda key: reset_batch(env, key, num_envs, **kwargs))(jax.random.key(0))
+    return start, jax.jit(lambda key, batch, action: step_batch(env, key, batch, action))
 
 
 @pytest.mark.parametrize("id", list_envs())
@@ -36,7 +35,7 @@ def test_every_environment_runs_and_keeps_its_spec(id):
 
     batch, _ = batches(env, num_envs)
     steps = []
-    run = quick(one)
+    run = jax.jit(one)
     for i in range(12):
         batch, step = run(batch, jax.random.key(i + 1))
         steps.append(step)
@@ -68,8 +67,8 @@ def test_a_batch_equals_gymnax_with_its_automatic_reset():
     batch, advance = batches(env, 1)
     state = batch.env
     # both as batches in one program each, whose roundings are the same
-    base_step = quick(jax.vmap(lambda *x: base.step_env(*x, params), (None, 0, 0)))
-    base_reset = quick(jax.vmap(lambda key: base.reset_env(key, params)))
+    base_step = jax.jit(jax.vmap(lambda *x: base.step_env(*x, params), (None, 0, 0)))
+    base_reset = jax.jit(jax.vmap(lambda key: base.reset_env(key, params)))
     ended = 0
     for i in range(60):
         action = np.int32([i // 3 % 2])
@@ -187,8 +186,8 @@ def test_parameters_may_be_vmapped():
     def swing(env):
         return env.step(jax.random.key(1), state, jnp.int32(0))[1].obs[3]
 
-    speeds = quick(jax.vmap(swing, in_axes=(axes,)))(envs)
-    one = quick(swing)
+    speeds = jax.jit(jax.vmap(swing, in_axes=(axes,)))(envs)
+    one = jax.jit(swing)
     alone = [one(make_env("CartPole-v1", gravity=g)) for g in gravity.tolist()]
     np.testing.assert_allclose(speeds, jnp.array(alone), rtol=1e-6)
     assert len(set(np.asarray(speeds).tolist())) == 3

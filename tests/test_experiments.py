@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnax
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
+import dreamer_gymnax
 import dreamer_predictions
 import dreamer_sweep
 import dyna_frozenlake
@@ -23,6 +25,7 @@ import model_free
 import sample_efficiency
 from common import per_episode
 
+import mbrl_jax
 from mbrl_jax import envs
 
 nan = np.nan
@@ -129,7 +132,6 @@ def test_moving_maze(tmp_path):
     assert exact["after"]["reward per 1000 steps"] == pytest.approx(55.8, abs=0.05)
 
 
-@pytest.mark.usefixtures("hasty")
 def test_model_free_rows_merge_and_redraw(tmp_path):
     first, second = "ppo Pendulum-v1 512", "sac Pendulum-v1 512 updates=4"
     file = tmp_path / "model_free_quick.json"
@@ -164,17 +166,30 @@ def test_model_free_rows_merge_and_redraw(tmp_path):
 
 def test_model_free_runs_end_within_their_budgets():
     known = envs.list_envs()  # the robots need an extra
-    everything = (model_free, model_based, sample_efficiency, mbpo_ablation)
-    for run in (run for script in everything for run in script.RUNS if run.env in known):
+    scripts = (model_free, model_based, sample_efficiency, mbpo_ablation)
+    everything = [run for script in scripts for run in script.RUNS if run.env in known]
+    for run in [*everything, *(run for run in dreamer_gymnax.RUNS if run.agent == "dreamer")]:
         exact = learning.fitted(run, {})
         assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
-        assert exact.eval_every <= run.eval_every
+        assert exact.eval_every <= 1.05 * run.eval_every
     with pytest.raises(SystemExit, match="matches no row; there are\n  dqn CartPole-v1 100000\n"):
         # without --long
         learning.main("model_free", model_free.RUNS, learning.Options(only="ppo Breakout"))
     short = model_free.RUNS[0]._replace(total_steps=1001)
     with pytest.raises(SystemExit, match="first update is at step 1016, past the budget"):
         learning.fitted(short, {"num_envs": 4, "warmup_steps": 1000, "steps_per_update": 4})
+
+
+def test_dreamer_takes_part_in_all_of_gymnax():
+    """With one configuration; only MNIST's bandit is left out, which downloads its pictures."""
+    own = [run for run in dreamer_gymnax.RUNS if run.agent == "dreamer"]
+    kinds = ("-bsuite", "-MinAtar", "-misc", "Pole-v1", "Pendulum-v1", "Acrobot-v1", "Car-v0")
+    theirs = {name for name in gymnax.registered_envs if name.endswith(kinds)}
+    assert theirs - {run.env for run in own} == {"MNISTBandit-bsuite"}
+    assert all(run.overrides is learning.SMALL_DREAMER for run in own)
+    for run in own:
+        peers = [one for one in dreamer_gymnax.RUNS if one.env == run.env and one is not run]
+        assert [one.total_steps for one in peers] == 2 * [run.total_steps]
 
 
 def test_model_free_target_must_hold_to_the_end():
@@ -263,22 +278,35 @@ def test_dreamer_foretells_what_it_has_seen_the_start_of(tmp_path):
 
 @pytest.mark.slow
 def test_dreamer_sees_the_ball_fall(tmp_path):
-    """A trained model foretells the board for eight steps from two observations."""
+    """A trained model foretells the board for eight steps from two observations.
+
+    A board of 50 places without its ball is 0.98 right.
+    """
     options = dreamer_predictions.Options(out=tmp_path, seeds=1)
     rows = dreamer_predictions.main(options)["Catch-bsuite"]
-    assert min(row["numbers that are right"].point for row in list(rows.values())[:8]) >= 0.98
+    assert min(row["numbers that are right"].point for row in list(rows.values())[:8]) >= 0.995
 
 
-def test_a_sweep_writes_every_evaluation_of_every_rate(tmp_path):
+def test_a_sweep_writes_every_evaluation_of_every_point(tmp_path):
     options = dreamer_sweep.Options(
-        env="Catch-bsuite", out=tmp_path, quick=True, rates=(1e-4, 1e-3, 1e-2), seeds=2,
+        env="Catch-bsuite", out=tmp_path, quick=True, seeds=2,
+        grid=("learning_rate=1e-4,1e-2", "entropy_scale=3e-4,1"),
         total_steps=60, eval_every=20, eval_episodes=2,
     )  # fmt: skip
     record = json.loads(dreamer_sweep.main(options).read_text())
-    assert record["made"]["settings"]["rates"] == [1e-4, 1e-3, 1e-2]
+    assert record["made"]["settings"]["points"] == [
+        {"learning_rate": rate, "entropy_scale": scale} for rate in (1e-4, 1e-2)
+        for scale in (3e-4, 1.0)
+    ]  # fmt: skip
     for row in record["rows"]:
-        assert np.shape(row["eval_return"]) == (3, 2)
-        assert np.shape(row["total_loss"]) == (3,)
-    # the rates are told apart, and the seeds are
-    assert len({*record["rows"][-1]["total_loss"]}) == 3
+        assert np.shape(row["eval_return"]) == (4, 2)
+        assert np.shape(row["total_loss"]) == (4,)
+    # the points are told apart
+    assert len({*record["rows"][-1]["total_loss"]}) == 4
     assert len(record["rows"]) >= 2
+
+
+@pytest.mark.parametrize("text", ["learning_rate", "learning_rate=fast", "size=1", "=1"])
+def test_a_grid_that_cannot_be_read_is_named(text):
+    with pytest.raises(mbrl_jax.InputError, match=f"--grid {text}: expected"):
+        dreamer_sweep.points((text,), ("learning_rate", "entropy_scale"))

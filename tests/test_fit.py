@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxprs import equations, loops
-from probes import quick
 from scipy import stats
 
 from mbrl_jax.models import dynamics, ensemble, fit
@@ -49,7 +48,7 @@ def trainer(config, net=SMALL, members=2, elites=1):
     """(data, size) -> what a training gives, compiled once; and the ensemble."""
     many = ensemble.make(net, SPEC, members, elites)
 
-    @quick
+    @jax.jit
     def run(data, size, key):
         params = many.init(key)
         opt = many.init_opt(params)
@@ -60,7 +59,7 @@ def trainer(config, net=SMALL, members=2, elites=1):
 
 def test_intervals_cover_and_the_two_kinds_of_uncertainty_are_told_apart():
     many, train = trainer(STEPS, NET, 5, 5)
-    moments = quick(lambda *x: ensemble.moments(many.predict(*x)))
+    moments = jax.jit(lambda *x: ensemble.moments(many.predict(*x)))
     grid = np.linspace(-0.95, 0.95, 41, dtype=np.float32)[:, None]
     parts = {}
     for num in (60, 4_000):
@@ -93,7 +92,7 @@ def replayed(curves, config):
 
 
 def holdout_error(many, params, data):
-    @quick
+    @jax.jit
     def errors(params, data):
         x, y = (
             many.dynamics.inputs(data.obs, data.action),
@@ -129,7 +128,7 @@ def test_early_stopping_ends_when_no_member_improves_and_keeps_each_at_its_best(
 def test_a_training_that_diverges_keeps_the_members_it_began_with():
     config = fit.Config(mode="fixed_steps", steps=20, eval_every=10, learning_rate=1e30)
     many, train = trainer(config)
-    start = quick(many.init)(jax.random.key(0))
+    start = jax.jit(many.init)(jax.random.key(0))
     params, _, curves = train(toy(0, 100), 100)
     assert not np.isfinite(curves.holdout).any()
     jax.tree.map(np.testing.assert_array_equal, params.net, start.net)
@@ -165,14 +164,14 @@ def test_a_growing_buffer_traces_once_and_seeds_under_vmap_are_seeds_alone():
             params, many.init_opt(params), config, data, size, jax.random.fold_in(key, 1)
         )
 
-    one = quick(run)
+    one = jax.jit(run)
     for num in (30, 45, 80):
         one(toy(0, num, 80), jnp.int32(num), jax.random.key(num))
     assert len(traces) == 1
     keys = jax.random.split(jax.random.key(0), 3)
     data = toy(0, 64, 80)
     with jax.debug_key_reuse(False):
-        many_seeds = quick(jax.vmap(run, (None, None, 0)))(data, jnp.int32(64), keys)
+        many_seeds = jax.jit(jax.vmap(run, (None, None, 0)))(data, jnp.int32(64), keys)
     many_seeds = jax.tree.map(np.asarray, many_seeds)
     for i in range(3):
         alone = one(data, jnp.int32(64), keys[i])
@@ -227,9 +226,9 @@ def test_a_gradient_step_of_vmapped_seeds_selects_no_parameters(mode):
     jaxpr = jax.make_jaxpr(seeds)(reward, keys, size).jaxpr
     assert selected_in_gradient_steps(jaxpr, nets) == (1, [])
     with jax.debug_key_reuse(False):
-        got = jax.tree.map(np.asarray, quick(seeds)(reward, keys, size))
+        got = jax.tree.map(np.asarray, jax.jit(seeds)(reward, keys, size))
     assert got[2].dropped.tolist() == [0, 5, 10, 15]
-    one = quick(run)
+    one = jax.jit(run)
     for i in range(4):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4),

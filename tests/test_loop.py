@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 import mbrl_jax
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
@@ -48,12 +47,12 @@ def whole(request, slippery_lake):
     cfg = AGENTS[name].config_for(env.spec.id, **fields)
     train = make_train(name, env, 600, eval_every=100, eval_episodes=4)
     keys = jax.random.split(jax.random.key(3), 4)
-    return name, env, cfg, *quick(jax.vmap(train, in_axes=(0, None)))(keys, cfg)
+    return name, env, cfg, *jax.jit(jax.vmap(train, in_axes=(0, None)))(keys, cfg)
 
 
 def test_vmapped_seeds_equal_single_runs(whole):
     name, env, cfg, state, history = whole
-    single = quick(make_train(name, env, 600, eval_every=100, eval_episodes=4))
+    single = jax.jit(make_train(name, env, 600, eval_every=100, eval_episodes=4))
     for i, key in enumerate(jax.random.split(jax.random.key(3), 4)):
         alone, curve = single(key, cfg)
         same(alone, jax.tree.map(lambda x, i=i: x[i], state))
@@ -63,8 +62,8 @@ def test_vmapped_seeds_equal_single_runs(whole):
 def test_chunks_equal_the_uncut_run(whole):
     name, env, cfg, state, history = whole
     program = make_program(AGENTS[name], env, cfg, 600, eval_every=100, eval_episodes=4)
-    chunk = quick(jax.vmap(program.period, in_axes=(0, None, None)), donate_argnums=0)
-    run = quick(jax.vmap(program.init, in_axes=(0, None)))(
+    chunk = jax.jit(jax.vmap(program.period, in_axes=(0, None, None)), donate_argnums=0)
+    run = jax.jit(jax.vmap(program.init, in_axes=(0, None)))(
         jax.random.split(jax.random.key(3), 4), cfg
     )
     rows = []
@@ -89,12 +88,12 @@ def test_a_grid_of_seeds_epsilons_and_step_sizes_is_one_compiled_call(lake):
 
     grid = jax.vmap(cell, in_axes=(0, None, None))  # seeds
     grid = jax.vmap(grid, in_axes=(None, 0, None))  # epsilon
-    grid = quick(jax.vmap(grid, in_axes=(None, None, 0)))  # step size
+    grid = jax.jit(jax.vmap(grid, in_axes=(None, None, 0)))  # step size
     epsilons, sizes = jnp.array([0.05, 0.5]), jnp.array([0.1, 0.5, 1.0])
     state, history = grid(jax.random.split(jax.random.key(0), 4), epsilons, sizes)
     assert state.q.shape == (3, 2, 4, 64)
     assert history["train_return"].shape == (3, 2, 4, 2)
-    alone, _ = quick(train)(
+    alone, _ = jax.jit(train)(
         jax.random.split(jax.random.key(0), 4)[1],
         dataclasses.replace(cfg, epsilon=epsilons[1], step_size=sizes[2]),
     )
@@ -149,7 +148,7 @@ PROBE = AgentDef("probe", "writes down what the loop does", ProbeConfig(), probe
 def test_steps_updates_and_warm_up_are_counted():
     env = mbrl_jax.make_env("DynaMaze-sutton", max_steps_in_episode=4)
     train = make_train(PROBE, env, 60, eval_every=13, eval_episodes=2)
-    state, history = quick(train)(jax.random.key(0))
+    state, history = jax.jit(train)(jax.random.key(0))
     # 7 warm-up steps are 3 batched ones of 3 environments; a period is 3 updates of 2 * 3 steps
     assert history["env_steps"].tolist() == [27, 45, 63]
     batched = 63 // 3
@@ -171,7 +170,7 @@ def test_delayed_resets_give_the_final_observation_a_step_of_its_own():
     env = mbrl_jax.make_env("DynaMaze-sutton", max_steps_in_episode=4)
     cfg = ProbeConfig(num_envs=1, warmup=0, steps_per_update=1, reset="delayed")
     train = make_train(PROBE, env, 40, eval_every=40, eval_episodes=0)
-    state, history = quick(train)(jax.random.key(0), cfg)
+    state, history = jax.jit(train)(jax.random.key(0), cfg)
     assert state["first"][:10].tolist() == [True, False, False, False, False] * 2
     assert history["train_episodes"].tolist() == [8.0]
     assert history["train_length"].tolist() == [4.0]

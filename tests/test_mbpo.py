@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SMALL
-from probes import quick
 from scipy import stats
 from test_fit import selected_in_gradient_steps
 from test_pets import batch
@@ -34,7 +33,7 @@ def config(**fields):
 def trained(spec=PENDULUM, trainings=1, **fields):
     """States after each training, on random steps; and the agent, whose update is compiled."""
     agent = make_agent("mbpo", spec, config(**fields))
-    agent = agent._replace(update=quick(agent.update))
+    agent = agent._replace(update=jax.jit(agent.update))
     return after_trainings(agent, spec, trainings, agent.update), agent
 
 
@@ -42,14 +41,14 @@ def after_trainings(agent, spec, trainings, update):
     last = FIRST + PERIOD * (trainings - 1)
     rows = [batch(spec, 1, t) for t in range(last + 1)]
 
-    @quick
+    @jax.jit
     def observed(state, rows, first):
         def one(i, state):
             return agent.observe(state, jax.tree.map(lambda x: x[i], rows), (), first + i)
 
         return jax.lax.fori_loop(0, rows.reward.shape[0], one, state)
 
-    state, states, done = quick(agent.init)(jax.random.key(0)), [], 0
+    state, states, done = jax.jit(agent.init)(jax.random.key(0)), [], 0
     for i in range(trainings):
         t = FIRST + PERIOD * i
         some = jax.tree.map(lambda *x: np.stack(x), *rows[done : t + 1])
@@ -122,7 +121,7 @@ def by_threshold():
     def agent(threshold):
         return make_agent("mbpo", PENDULUM, dataclasses.replace(cfg, threshold=threshold))
 
-    update = quick(lambda threshold, *args: agent(threshold).update(*args))
+    update = jax.jit(lambda threshold, *args: agent(threshold).update(*args))
 
     def states(trainings, threshold):
         known = partial(update, np.float32(threshold))
@@ -165,7 +164,7 @@ def test_what_is_stored_is_what_the_known_functions_say_of_it():
 def test_a_batch_is_made_of_stored_rows_in_units_of_the_learner(plain, ratio):
     state = plain[0][0]
     cfg, t = config(real_ratio=ratio), jnp.int32(FIRST)
-    drawn = quick(lambda *x: mbpo.batches(cfg, PENDULUM, *x))(state, jax.random.key(3), t)
+    drawn = jax.jit(lambda *x: mbpo.batches(cfg, PENDULUM, *x))(state, jax.random.key(3), t)
     got = jax.tree.map(np.asarray, drawn)
     assert got.obs.shape == (cfg.updates, cfg.batch_size, 3)
     assert np.abs(got.action).max() <= 1.0
@@ -194,7 +193,7 @@ def test_training_of_four_vmapped_seeds_selects_no_parameters():
 
 def test_between_trainings_the_model_stays_and_the_policy_learns(plain):
     (state, *_), agent = plain
-    state = quick(agent.observe)(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
+    state = jax.jit(agent.observe)(state, batch(PENDULUM, 1, 99), (), jnp.int32(FIRST + 1))
     after, metrics = agent.update(state, jax.random.key(1), jnp.int32(FIRST + 1), jnp.int32(1))
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, after.imagined, state.imagined)
@@ -227,7 +226,7 @@ def test_the_measured_error_of_a_model_that_knows_nothing_gives_the_shortest_rol
         return make_agent("mbpo", PENDULUM, dataclasses.replace(cfg, error_limit=limit))
 
     cfg = config(length_by="error", rollout_length=(1, 3))
-    update = quick(lambda limit, *args: agent(limit).update(*args))
+    update = jax.jit(lambda limit, *args: agent(limit).update(*args))
     for limit, length in ((1e-3, 1), (1e9, 3)):
         known = partial(update, np.float32(limit))
         (state,) = after_trainings(agent(limit), PENDULUM, 1, known)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick, slopes
+from probes import slopes
 from scipy import integrate, special, stats
 
 from mbrl_jax.nn import distributions as dist
@@ -96,7 +96,7 @@ def test_dropout_keeps_the_mean_and_its_rate_is_traced():
     layer = {"kernel": jnp.zeros((1, width)), "bias": jnp.ones(width)}
     traces = []
 
-    @quick
+    @jax.jit
     def apply(rate, key):
         traces.append(1)
         x = jnp.zeros((1, 1))
@@ -156,7 +156,7 @@ def test_batch_renorm_equals_a_slow_one():
     params = {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}
     moving = variables["batch_stats"]
 
-    @quick
+    @jax.jit
     def train(x, moving):
         variables = {"params": params, "batch_stats": moving}
         return net.apply(variables, x, True, mutable=["batch_stats"])
@@ -298,7 +298,7 @@ def test_schedules_begin_and_end_where_they_should():
     assert float(linear(2.0, -1.0, 0.0, jnp.int32(50))) == 2.0
 
 
-UPDATE = quick(normaliser.update)
+UPDATE = jax.jit(normaliser.update)
 
 
 @settings(max_examples=25, deadline=None)
@@ -354,14 +354,14 @@ def test_tanh_normal_is_finite_and_exact_where_tanh_saturates():
     def density(mean, log_std, noise):
         return dist.tanh_normal(mean, log_std).from_noise(noise)
 
-    action, log_prob = quick(density)(mean, log_std, noise)
+    action, log_prob = jax.jit(density)(mean, log_std, noise)
     mean64, log_std64, noise64 = map(np.float64, (mean, log_std, noise))
     u = mean64 + np.exp(log_std64) * noise64
     assert np.abs(u).max() > 29
     np.testing.assert_allclose(action, np.tanh(u), rtol=1e-5, atol=1e-6)
     expected = slow_log_prob(u, noise64, log_std64)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5, atol=2e-5)
-    grads = quick(jax.grad(lambda *x: jnp.sum(density(*x)[1]), (0, 1)))(mean, log_std, noise)
+    grads = jax.jit(jax.grad(lambda *x: jnp.sum(density(*x)[1]), (0, 1)))(mean, log_std, noise)
     slope = 2 * np.tanh(u)  # of -log(1 - tanh(u)**2)
     np.testing.assert_allclose(grads[0], slope, rtol=1e-4, atol=1e-5)
     expected = slope * noise64 * np.exp(log_std64) - 1
@@ -372,7 +372,7 @@ def test_tanh_normal_is_finite_and_exact_where_tanh_saturates():
 
 def test_density_of_tanh_normal_is_one_in_all_and_agrees_with_distrax():
     policy = dist.tanh_normal(jnp.array([0.4]), jnp.array([-0.3]))
-    density = quick(lambda action: jnp.exp(policy.log_prob(action[None])))
+    density = jax.jit(lambda action: jnp.exp(policy.log_prob(action[None])))
     total, _ = integrate.quad(lambda a: float(density(np.float32(a))), -1, 1, epsabs=1e-5)
     assert total == pytest.approx(1.0, abs=1e-3)
     rng = np.random.default_rng(1)
@@ -406,7 +406,7 @@ def test_densities_and_entropies_equal_scipy():
 
 def test_categorical_samples_have_their_probabilities():
     uniform = jax.random.uniform(jax.random.key(0), (100_000,))
-    drawn = quick(dist.sample_categorical)(jnp.broadcast_to(LOGITS, (100_000, 6)), uniform)
+    drawn = jax.jit(dist.sample_categorical)(jnp.broadcast_to(LOGITS, (100_000, 6)), uniform)
     assert drawn.dtype == jnp.int32
     counts, p = np.bincount(drawn, minlength=6), special.softmax(np.float64(LOGITS))
     assert stats.chisquare(counts[p > 0], 100_000 * p[p > 0]).pvalue > 1e-4
@@ -421,7 +421,7 @@ def test_what_has_no_probability_is_never_drawn(num_actions):
     logits[:100, 0] = logits[100:200, -1] = -np.inf
     logits[:, 1] = 0.0
     sums = np.cumsum(special.softmax(np.float64(logits), axis=-1), axis=-1)
-    draw = quick(dist.sample_categorical)
+    draw = jax.jit(dist.sample_categorical)
     for nudge in np.arange(-4, 5) * 2.0**-24:
         uniform = np.clip(np.round(sums * 2**24) * 2.0**-24 + nudge, 0.0, 1 - 2.0**-24)
         uniform[:, 0], uniform[:, -1] = 0.0, 1 - 2.0**-24

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick
 from test_sequence import EXAMPLE, GOLDEN, batch_of, jitted
 
 from mbrl_jax.data import online, sequence
@@ -42,7 +41,7 @@ def online_jitted(capacity, num_envs, num, length):
         return made.sample_online(rows, key, num, length, written, queue)
 
     over_seeds = jax.vmap(sample, (0, 0, None, 0))
-    return quick(sample), quick(over_seeds)
+    return jax.jit(sample), jax.jit(over_seeds)
 
 
 @settings(deadline=None, max_examples=150)
@@ -112,7 +111,7 @@ def test_the_queue_under_vmap_is_that_of_each_seed_and_stays_unbatched_if_it_was
         windows, _, queue = made.sample_online(rows, key, 5, 3, jnp.int32(11), queues[0])
         return windows, queue
 
-    queue = quick(jax.vmap(shared, out_axes=(0, None)))(stacked[0], keys)[1]
+    queue = jax.jit(jax.vmap(shared, out_axes=(0, None)))(stacked[0], keys)[1]
     assert jax.tree.map(int, queue) == (3, 0)
 
 
@@ -120,7 +119,7 @@ def test_the_queue_counts_right_at_the_end_of_int32():
     made = sequence.make({"x": jax.ShapeDtypeStruct((), "uint8")}, 2**20, 64)
     length, written = 3, 2**31 - 1
     assert written // length * 64 > 2**31, "a count of all windows would overflow"
-    pop = quick(lambda queue, t: online.pop(made.ring, queue, 200, length, t))
+    pop = jax.jit(lambda queue, t: online.pop(made.ring, queue, 200, length, t))
     last = (written - 1) // length
     for taken, env in ((0, 0), (last - 9, 5), (last - 1, 5), (last, 0)):
         rows, count, queue = pop(Queue(jnp.int32(taken), jnp.int32(env)), jnp.int32(written))
@@ -137,7 +136,7 @@ def test_the_queue_counts_right_at_the_end_of_int32():
 
 def test_the_queue_and_the_windows_are_those_of_the_authors():
     made, init, add, sample = jitted(80, 2)
-    first = quick(lambda queue, t: online.pop(made.ring, queue, 2, 5, t))
+    first = jax.jit(lambda queue, t: online.pop(made.ring, queue, 2, 5, t))
     rows, queue, arrivals = init(), online.empty(), []
     for t in range(40):
         rows = add(rows, batch_of(t, 2), jnp.int32(t))

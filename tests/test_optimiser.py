@@ -196,6 +196,14 @@ def test_laprop_with_its_warm_up_gives_the_authors_numbers(setting, rate, steps)
         np.testing.assert_allclose(found, vector, rtol=1e-4, atol=1e-9)
 
 
+def test_first_steps_of_the_smallest_gradients_are_the_authors():
+    """Below 3e-18 the second moment is zero in float32, and the step is the gradient over 1e-20."""
+    got = golden("g2_optimiser_underflow")
+    params = {"w": jnp.ones(got["grad"].shape)}
+    moves, _ = jax.jit(laprop(0.5).update)({"w": got["grad"]}, laprop(0.5).init(params), params)
+    np.testing.assert_allclose(moves["w"], -0.5 * got["update_over_minus_lr"], rtol=1e-5)
+
+
 def test_clipping_takes_the_norms_of_whole_tensors():
     got = golden("g2_optimiser")
     clip = clip_by_tensor(0.3, 1e-3)

@@ -14,8 +14,6 @@ from mbrl_jax.runtime import logs
 from mbrl_jax.runtime.train import make_job, traced
 from mbrl_jax.types import Agent, Schedule, config
 
-pytestmark = pytest.mark.usefixtures("hasty")
-
 
 @config
 class WandererConfig:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import SMALL, assert_same
-from probes import quick
 from test_fit import selected_in_gradient_steps
 
 from mbrl_jax import AGENTS, InputError, make_env, planning
@@ -50,7 +49,7 @@ def after_training(agent, spec, updates=1):
             state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31), jnp.int32(i))
         return state
 
-    return quick(run)(jax.random.key(0))
+    return jax.jit(run)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("planner", ["cem", "icem", "mppi", "random_shooting", "categorical"])
@@ -60,7 +59,7 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
     agent = make_agent("pets", spec, cfg)
     state = after_training(agent, spec)
     obs = batch(spec, 2, 99).obs
-    act = quick(
+    act = jax.jit(
         lambda memory, first, key: agent.act(
             state, memory, obs, first, key, jnp.int32(32), "train"
         )[:2]
@@ -81,7 +80,7 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
         again = pets.plan_action(cfg, spec, state.params, obs, start, jax.random.clone(key))
         return plan(value, key, start).action + 0 * again.action
 
-    expected = quick(jax.vmap(by_hand))(obs, jax.random.split(jax.random.key(5), 2))
+    expected = jax.jit(jax.vmap(by_hand))(obs, jax.random.split(jax.random.key(5), 2))
     np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-5)
     assert action.shape == (2, *spec.action_shape)
 
@@ -118,9 +117,9 @@ def test_until_the_first_training_actions_are_random_also_in_training():
         one = lambda *args: agent.act(*args[:-1], args[-1], mode)[:2]  # noqa: E731
         return jax.vmap(one, (0, 0, 0, 0, 0, None))(state, memory, obs, first, keys, t)
 
-    until = quick(partial(act, "train"))
+    until = jax.jit(partial(act, "train"))
     with jax.debug_key_reuse(False):  # the same draws are compared
-        drawn = quick(partial(act, "random"))(jnp.int32(23))
+        drawn = jax.jit(partial(act, "random"))(jnp.int32(23))
         assert_same(until(jnp.int32(23)), drawn)
         assert (np.asarray(until(jnp.int32(24))[0]) != np.asarray(drawn[0])).all()
         jaxpr = str(jax.make_jaxpr(partial(act, "train"))(jnp.int32(23)))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import planner_reference as reference
 import pytest
-from probes import quick
 
 from mbrl_jax import make_env, planning
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
@@ -46,7 +45,7 @@ PLANNERS = {
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_planners_find_the_best_plan_of_a_quadratic(name):
-    plan = quick(partial(PLANNERS[name], quadratic))
+    plan = jax.jit(partial(PLANNERS[name], quadratic))
     for seed in range(3):
         got = plan(jax.random.key(seed), start(name), LOW, HIGH)
         np.testing.assert_allclose(got.sequence, GOAL, atol=1e-2)
@@ -96,7 +95,7 @@ def test_candidates_lie_within_the_bounds_and_nan_ranks_last(name):
         return jnp.where(actions[:, 0, 0] > 0.0, jnp.where(inside, worth, jnp.inf), jnp.nan)
 
     planner = PLANNERS[name]
-    got = quick(partial(planner, value))(jax.random.key(0), start(name), LOW, HIGH)
+    got = jax.jit(partial(planner, value))(jax.random.key(0), start(name), LOW, HIGH)
     assert np.isfinite(got.sequence).all()
     assert got.action[0] > 0.0
     assert got.value == pytest.approx(-100.0, abs=0.1), "inf stands for a candidate out of bounds"
@@ -104,7 +103,7 @@ def test_candidates_lie_within_the_bounds_and_nan_ranks_last(name):
     def nothing(actions, key):
         return jnp.full(actions.shape[0], jnp.nan)
 
-    lost = quick(partial(planner, nothing))(jax.random.key(0), start(name), LOW, HIGH)
+    lost = jax.jit(partial(planner, nothing))(jax.random.key(0), start(name), LOW, HIGH)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((lost.plan, lost.sequence)))
     assert lost.value == -jnp.inf
 
@@ -117,15 +116,15 @@ def test_plans_are_warm_and_batched_and_a_new_episode_remembers_nothing(name):
     def shifted(actions, key):  # the goal moves on by one step, as the world does
         return quadratic(actions, key, jnp.concatenate([GOAL[1:], jnp.zeros((1, 2))]))
 
-    best = quick(partial(PLANNERS[name], quadratic))
+    best = jax.jit(partial(PLANNERS[name], quadratic))
     good = best(jax.random.key(0), start(name), LOW, HIGH).plan
     keys = jax.random.split(jax.random.key(1), 20)
-    run = quick(jax.vmap(lambda key, plan: planner(shifted, key, plan, LOW, HIGH), (0, None)))
+    run = jax.jit(jax.vmap(lambda key, plan: planner(shifted, key, plan, LOW, HIGH), (0, None)))
     warm, cold = run(keys, good), run(keys, start(name))
     assert jnp.mean(warm.value) > jnp.mean(cold.value)
     again = run(keys, start(name))
     jax.tree.map(np.testing.assert_array_equal, cold, again)
-    alone = quick(partial(planner, shifted))(keys[3], good, LOW, HIGH)
+    alone = jax.jit(partial(planner, shifted))(keys[3], good, LOW, HIGH)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[3], b, rtol=1e-4, atol=1e-4), warm, alone
     )
@@ -153,7 +152,7 @@ close = partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)
 
 @pytest.mark.parametrize("horizon", [1, 5])
 def test_random_shooting_equals_the_slow_one(horizon):
-    plan = quick(lambda key: planning.random_shooting(uneven_value, key, horizon, LOW, HIGH, 50))
+    plan = jax.jit(lambda key: planning.random_shooting(uneven_value, key, horizon, LOW, HIGH, 50))
     for seed in range(4):
         key = jax.random.key(seed)
         got = plan(key)
@@ -166,7 +165,7 @@ def test_random_shooting_equals_the_slow_one(horizon):
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_cem_equals_the_slow_one_step_after_step(iterations, take_best):
     settings = (40, 6, iterations, 0.2, take_best)
-    planner = quick(lambda key, plan: planning.cem(uneven_value, key, plan, LOW, HIGH, *settings))
+    planner = jax.jit(lambda key, plan: planning.cem(uneven_value, key, plan, LOW, HIGH, *settings))
     for seed in range(3):
         got, slow = planning.start_cem(5, LOW, HIGH), np.zeros((5, 2)) + sum(BOUNDS) / 2
         for t in range(3):
@@ -188,7 +187,9 @@ def test_cem_equals_the_slow_one_step_after_step(iterations, take_best):
 )
 def test_icem_equals_the_slow_one_step_after_step(horizon, iterations, num_kept, beta):
     settings = (30, 6, iterations, 0.1, 1.5, beta)
-    planner = quick(lambda key, plan: planning.icem(uneven_value, key, plan, LOW, HIGH, *settings))
+    planner = jax.jit(
+        lambda key, plan: planning.icem(uneven_value, key, plan, LOW, HIGH, *settings)
+    )
     for seed in range(3):
         got = planning.start_icem(horizon, LOW, HIGH, num_kept)
         mean, elites = np.zeros((horizon, 2)) + sum(BOUNDS) / 2, None
@@ -210,7 +211,9 @@ def test_icem_equals_the_slow_one_step_after_step(horizon, iterations, num_kept,
 @pytest.mark.parametrize("beta", [0.4, 1.0])
 def test_mppi_equals_the_slow_one_step_after_step(horizon, beta):
     settings = (40, 2, 0.7, 1.5, beta)
-    planner = quick(lambda key, plan: planning.mppi(uneven_value, key, plan, LOW, HIGH, *settings))
+    planner = jax.jit(
+        lambda key, plan: planning.mppi(uneven_value, key, plan, LOW, HIGH, *settings)
+    )
     for seed in range(3):
         got = planning.start_mppi(horizon, LOW, HIGH)
         mean = np.zeros((horizon, 2)) + sum(BOUNDS) / 2
@@ -241,7 +244,7 @@ def test_the_categorical_planner_equals_the_slow_one_step_after_step(floor):
         return jnp.where(actions[:, 0] == 2, jnp.nan, total)
 
     settings = (30, 5, 3, 0.25, floor)
-    planner = quick(lambda key, plan: planning.categorical_cem(value, key, plan, *settings))
+    planner = jax.jit(lambda key, plan: planning.categorical_cem(value, key, plan, *settings))
     for seed in range(3):
         got, slow = planning.start_categorical_cem(5, 4), np.full((5, 4), 0.25)
         for t in range(3):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import assert_near, first_gradient, quick, randomly, slopes, zeros
+from probes import assert_near, first_gradient, randomly, slopes, zeros
 from scipy import special, stats
 
 from mbrl_jax import AGENTS, make_agent, make_env
@@ -23,13 +23,15 @@ SPECS = {"discrete": DISCRETE, "continuous": BOX}
 SMALL = {"hidden": (4,), "num_envs": N, "num_steps": T, "epochs": 1, "minibatches": 1}
 PLAIN = AGENTS["ppo"].config_for("", **SMALL, normalise_advantage=False)
 FULL = AGENTS["ppo"].config_for("", **SMALL, normalise_obs=True, normalise_reward=True)
-ACT = quick(
+ACT = jax.jit(
     lambda config, spec, *args: ppo.make(config, spec).act(*args), static_argnums=(1, 8)
 )  # fmt: skip
-UPDATE = quick(
+UPDATE = jax.jit(
     lambda config, spec, *args: ppo.make(config, spec).update(*args, jnp.int32(0)), static_argnums=1
 )
-OBSERVE = quick(lambda config, spec, *args: ppo.make(config, spec).observe(*args), static_argnums=1)
+OBSERVE = jax.jit(
+    lambda config, spec, *args: ppo.make(config, spec).observe(*args), static_argnums=1
+)
 
 
 def start(cfg, spec, seed=0):
@@ -109,7 +111,7 @@ def slow_gae(reward, value, next_value, terminated, truncated, gamma, lam):
     return advantage
 
 
-GAE = quick(ppo.gae)
+GAE = jax.jit(ppo.gae)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +172,7 @@ def test_discounted_returns_restart_after_an_end():
     rng = np.random.default_rng(2)
     reward, done = np.float32(rng.normal(size=(9, 2))), rng.random((9, 2)) < 0.3
     begin = np.float32([3.0, -1.0])
-    last, returns = quick(ppo.discounted_returns)(reward, done, begin, 0.9)
+    last, returns = jax.jit(ppo.discounted_returns)(reward, done, begin, 0.9)
     running = np.float64(begin)
     for t in range(9):
         running = reward[t] + 0.9 * running

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from probes import quick
 from scipy import stats
 from test_structure import copies_in_loops
 
@@ -19,7 +18,7 @@ from mbrl_jax.types import InputError
 @cache
 def jitted(capacity):
     made = prioritised.make(capacity)
-    return made, quick(made.init), quick(made.set), quick(made.sample, static_argnums=2)
+    return made, jax.jit(made.init), jax.jit(made.set), jax.jit(made.sample, static_argnums=2)
 
 
 def holding(values):
@@ -72,7 +71,7 @@ def test_set_equals_a_dictionary(capacity, calls):
 def test_a_hundred_thousand_changes_leave_no_drift(capacity):
     made, init, set_, _ = jitted(capacity)
 
-    @quick
+    @jax.jit
     def change(priorities, key):
         def step(priorities, key):
             draws = jax.random.split(key)
@@ -142,7 +141,7 @@ def test_a_row_of_value_zero_is_never_drawn(capacity):
         assert (np.asarray(values, np.float32)[index] > 0).all()
 
 
-choose = quick(prioritised._choose)
+choose = jax.jit(prioritised._choose)
 magnitudes = st.sampled_from([0.0, 1e-30, 1e-6, 1 / 3, 0.1, 1.0, 1e3, 16777216.0, 3e7])
 
 
@@ -177,8 +176,8 @@ def test_seeds_hold_priorities_of_their_own():
     values = np.random.default_rng(0).random((2, 40)).astype(np.float32)
     rows = jnp.broadcast_to(jnp.arange(40), (2, 40))
     empty = jax.tree.map(lambda x: jnp.zeros((2, *x.shape), x.dtype), init())
-    both = quick(jax.vmap(made.set))(empty, rows, values)
-    draw = quick(jax.vmap(lambda p, key: made.sample(p, key, 50)))
+    both = jax.jit(jax.vmap(made.set))(empty, rows, values)
+    draw = jax.jit(jax.vmap(lambda p, key: made.sample(p, key, 50)))
     index, probability = draw(both, jax.random.split(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(0))
     for seed in range(2):
@@ -191,7 +190,7 @@ def test_importance_weights_follow_the_formula():
     probability = np.array([0.5, 0.01, 1e-6, 0.1])
     for beta in (0.0, 0.4, 1.0):
         expected = (1000 * probability) ** -beta
-        found = quick(prioritised.importance_weights)(
+        found = jax.jit(prioritised.importance_weights)(
             jnp.asarray(probability, jnp.float32), jnp.int32(1000), jnp.float32(beta)
         )
         assert found.dtype == jnp.float32

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import STATES, make, probes, quick
+from probes import OPTIMISED, STATES, make, probes
 
 from mbrl_jax import AGENTS, make_train
-from mbrl_jax.agents import dqn, ppo, sac
+from mbrl_jax.agents import dqn, dreamer, ppo, sac
+from mbrl_jax.agents.dreamer_config import model_of
+from mbrl_jax.models import rssm_heads
 from mbrl_jax.nn import networks
+from mbrl_jax.nn.two_hot import symexp_bins, two_hot_mean
 
 GAMMA, SEEDS = 0.9, 2
 PROBES = probes(GAMMA)
@@ -29,14 +32,14 @@ def trained(name, discrete, total_steps, **fields):
         train = make_train(definition, env, total_steps, total_steps, eval_episodes=0)
         return train(key)[0]
 
-    run = quick(jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(None, 0)))
+    run = jax.jit(jax.vmap(jax.vmap(one, in_axes=(0, None)), in_axes=(None, 0)))
     state = run(jax.random.split(jax.random.key(0), SEEDS), TABLES)
     params = state.learner.params if name == "sac" else state.params
     return cfg, params, make(TABLES, discrete).spec
 
 
 def over_runs(function, params):
-    return np.asarray(quick(jax.vmap(jax.vmap(function)))(params))
+    return np.asarray(jax.jit(jax.vmap(jax.vmap(function)))(params))
 
 
 def check(learned, exact, rtol, atol):
@@ -110,3 +113,38 @@ def test_ppo_learns_the_exact_values_and_the_best_actions(discrete):
         return (jnp.clip(out[0][:, 0], -1.0, 1.0) + 1.0) / 2.0
 
     check_choices(over_runs(chance, params), 0.95)
+
+
+@pytest.mark.slow
+def test_dreamer_learns_the_exact_values_and_the_best_actions():
+    """One world, in which the first action decides what the second one may earn."""
+    world, num = PROBES["an action leads to the reward of the next"], 64
+    env = make(jax.tree.map(jnp.asarray, world.table), True)
+    cfg = AGENTS["dreamer"].config_for(
+        "", gamma=GAMMA, size="nano", num_envs=4, batch_size=4, batch_length=8, train_ratio=8,
+        horizon=3, start_windows=64, buffer_size=8_000, learning_rate=3e-3, warmup_updates=20.0,
+        entropy_scale=3e-3,
+    )  # fmt: skip
+    train = make_train("dreamer", env, 3_000, 3_000, eval_episodes=0)
+    state, _ = jax.jit(train, compiler_options=OPTIMISED)(jax.random.key(0), cfg)
+    model = model_of(cfg, env.spec)
+
+    @jax.jit
+    def judge(state, memory, obs, is_first, key):
+        _, memory, _ = dreamer.act(
+            cfg, env.spec, state, memory, obs, is_first, key, jnp.int32(0), "train"
+        )
+        logits = rssm_heads.head(state.params["critic"], *memory.latent, model.dtype)
+        policy = dreamer.act_in(cfg, model, state.params["actor"], memory.latent)
+        value = jnp.mean(two_hot_mean(logits, symexp_bins()))
+        return memory, value, jnp.mean(jnp.exp(policy.log_probs["action"][:, 1]))
+
+    memory, first = dreamer.init_memory(cfg, env.spec, num), np.ones(num, bool)
+    for place, value, best in zip(world.visited, world.values, world.best, strict=True):
+        obs, key = np.tile(OBS[place], (num, 1)), jax.random.key(place)
+        memory, found, chance = judge(state, memory, obs, first, key)
+        # the action that has led to the next place
+        memory = memory._replace(action=jnp.tile(jnp.eye(2)[0], (num, 1)))
+        first = ~np.ones(num, bool)
+        np.testing.assert_allclose(found, value, atol=0.15)
+        assert (chance if best == 1 else 1 - chance) >= 0.95

@@ -63,7 +63,6 @@ def test_links_and_scripts_exist(page):
             assert f"--{option}" in source or f"{option.replace('-', '_')}: " in source, option
 
 
-@pytest.mark.usefixtures("hasty")
 def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)

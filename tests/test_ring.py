@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick
 from test_structure import copies_in_loops, primitives
 
 from mbrl_jax.data import ring
@@ -57,7 +56,7 @@ def assert_same_bits(found, expected):
 @cache
 def jitted(capacity, num_envs):
     made = ring.make(MIXED, capacity, num_envs)
-    return made, quick(made.init), quick(made.add), quick(made.add_masked), quick(made.get)
+    return made, jax.jit(made.init), jax.jit(made.add), jax.jit(made.add_masked), jax.jit(made.get)
 
 
 @settings(deadline=None, max_examples=250)
@@ -109,7 +108,7 @@ def test_pointers_of_masked_rings_differ_by_seed():
     batch = noise(MIXED, (2, 4), 0)
     masks = np.array([[1, 0, 1, 1], [0, 0, 0, 1]], bool)
     empty = many((init(), ring.empty_cursor()), 2)
-    rows, cursor = quick(jax.vmap(made.add_masked))(empty[0], batch, masks, empty[1])
+    rows, cursor = jax.jit(jax.vmap(made.add_masked))(empty[0], batch, masks, empty[1])
     assert cursor.position.tolist() == cursor.size.tolist() == [3, 1]
     for seed in range(2):
         one = jax.tree.map(lambda x, seed=seed: x[seed], (rows, batch))
@@ -148,12 +147,12 @@ def test_n_step_equals_a_slow_loop(n):
     length, num_envs, kept = 60, 2, 37
     steps = stream(np.random.default_rng(n), length, num_envs)
     made = ring.make(Transition.example(SPEC), kept * num_envs, num_envs)
-    rows, add = made.init(), quick(made.add)
+    rows, add = made.init(), jax.jit(made.add)
     for t in range(length):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), jnp.int32(t))
     starts = [(t, env) for t in range(length - kept, length - n + 1) for env in range(num_envs)]
     index = jnp.array([(t % kept) * num_envs + env for t, env in starts])
-    found = quick(made.n_step, static_argnums=2)(rows, index, n, jnp.float32(0.9))
+    found = jax.jit(made.n_step, static_argnums=2)(rows, index, n, jnp.float32(0.9))
     found = jax.tree.map(np.asarray, found)
     ends = 0
     for i, (t, env) in enumerate(starts):
@@ -175,10 +174,10 @@ def test_nothing_of_the_next_episode_reaches_a_cut_window():
         truncated=np.array([[True], [False], [False]]),
     )
     made = ring.make(Transition.example(SPEC), 3)
-    rows, add = made.init(), quick(made.add)
+    rows, add = made.init(), jax.jit(made.add)
     for t in range(3):
         rows = add(rows, jax.tree.map(lambda x, t=t: x[t], steps), t)
-    found = quick(lambda rows: made.n_step(rows, jnp.array([[0]]), 3, 0.5))(rows)
+    found = jax.jit(lambda rows: made.n_step(rows, jnp.array([[0]]), 3, 0.5))(rows)
     assert (found.reward.item(), found.discount.item()) == (1.0, 0.5)
     assert found.next_obs.shape == (1, 1, 3)
 
@@ -205,7 +204,7 @@ def test_a_row_is_that_of_its_step_also_late_and_in_64_bits(x64):
     made = ring.make(X, 2**30 - 2**30 % 66, 66)
     with jax.enable_x64(x64):
         for t in (0, 1, made.steps - 1, made.steps, 2**31 - 1):
-            row = quick(made.index)(jnp.int32(t), jnp.arange(66, dtype=jnp.int32))
+            row = jax.jit(made.index)(jnp.int32(t), jnp.arange(66, dtype=jnp.int32))
             assert row.dtype == jnp.int32
             assert row.tolist() == [t % made.steps * 66 + env for env in range(66)]
         assert made.index(7, 3).dtype == jnp.int32
@@ -225,7 +224,7 @@ def test_dtypes_are_the_same_in_64_bits(x64):
 
         batch = jax.tree.map(lambda x: x[0], stream(np.random.default_rng(0), 1, 3))
         with jax.debug_key_reuse(False):
-            rows, index, drawn, cursor, filled = quick(use)(
+            rows, index, drawn, cursor, filled = jax.jit(use)(
                 made.init(), batch, np.ones(3, bool), jnp.int32(0), jax.random.key(0)
             )
         assert {name: x.dtype.name for name, x in rows.items()} == {x: x for x in rows}
@@ -240,7 +239,7 @@ def test_reading_everything_gathers_nothing(seeds):
     made = ring.make(MIXED, 6, 2)
     lead = () if seeds is None else (seeds,)
     trees = noise(MIXED, (*lead, 6), 0)
-    rows = quick(made.layout.pack)(trees)
+    rows = jax.jit(made.layout.pack)(trees)
 
     def whole(read):
         mapped = read if seeds is None else jax.vmap(read)
@@ -260,7 +259,7 @@ def test_a_write_under_vmap_is_a_slice_update():
     jaxpr = jax.make_jaxpr(over_seeds)(rows, batch, t)
     assert count(jaxpr, "dynamic_update_slice") == 3
     assert count(jaxpr, "scatter") == 0
-    written = jax.tree.map(np.asarray, quick(over_seeds)(rows, batch, t))
+    written = jax.tree.map(np.asarray, jax.jit(over_seeds)(rows, batch, t))
     for seed in np.ndindex(3, 4):
         part = jax.tree.map(lambda x, seed=seed: x[seed], (written, batch))
         assert_same_bits(part[0], add(init(), part[1], t))
@@ -270,8 +269,8 @@ def test_a_write_is_right_whatever_is_batched():
     made, init, add, _, _ = jitted(6, 2)
     batch = noise(MIXED, (3, 2), 0)
     first, times = jax.tree.map(lambda x: x[0], batch), np.array([0, 4, 5], np.int32)
-    fresh = quick(jax.vmap(made.add, (None, 0, None)))(init(), batch, jnp.int32(1))
-    moved = quick(jax.vmap(made.add, (None, None, 0)))(init(), first, times)
+    fresh = jax.jit(jax.vmap(made.add, (None, 0, None)))(init(), batch, jnp.int32(1))
+    moved = jax.jit(jax.vmap(made.add, (None, None, 0)))(init(), first, times)
     fresh, moved = jax.tree.map(np.asarray, (fresh, moved))
     for i in range(3):
         part = jax.tree.map(lambda x, i=i: x[i], (fresh, batch, moved))
@@ -324,14 +323,14 @@ def test_rows_come_back_bit_for_bit():
     layout = Layout.of(MIXED)
     for lead in ((), (5,), (2, 3)):
         tree = noise(MIXED, lead, len(lead))
-        packed = quick(layout.pack)(tree)
+        packed = jax.jit(layout.pack)(tree)
         assert {name: x.shape for name, x in packed.items()} == {
             "uint8": (*lead, 9),
             "int32": (*lead, 1),
             "float32": (*lead, 3),
         }
         assert all(x.dtype.name == name for name, x in packed.items())
-        assert_same_bits(quick(layout.unpack)(packed), tree)
+        assert_same_bits(jax.jit(layout.unpack)(packed), tree)
     assert layout.row_bytes == 9 + 4 + 12
     assert hash(layout) == hash(Layout.of(noise(MIXED, (), 0)))
     assert layout == Layout.of(noise(MIXED, (), 0))

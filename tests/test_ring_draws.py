@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
-from probes import quick
 from scipy import stats
 
 from mbrl_jax.data import ring
@@ -19,7 +18,7 @@ ROW = jax.ShapeDtypeStruct((3,), "float32")
 def test_the_rows_that_are_drawn_are_those_whose_window_is_whole(n, num_envs):
     steps = 5
     made = ring.make(ROW, steps * num_envs, num_envs)
-    draw = quick(lambda key, written: made.sample_index(key, 512, written, n))
+    draw = jax.jit(lambda key, written: made.sample_index(key, 512, written, n))
     for written in range(n, 3 * steps + 2):
         whole = range(max(written - steps, 0), written - n + 1)
         valid = {(t % steps) * num_envs + env for t in whole for env in range(num_envs)}
@@ -30,7 +29,7 @@ def test_the_rows_that_are_drawn_are_those_whose_window_is_whole(n, num_envs):
 
 def test_too_early_draws_stay_inside_the_ring():
     made = ring.make(ROW, 6, 2)
-    draw = quick(lambda key, written: made.sample_index(key, 100, written, 3))
+    draw = jax.jit(lambda key, written: made.sample_index(key, 100, written, 3))
     for written in range(3):
         index = np.asarray(draw(jax.random.key(0), jnp.int32(written)))
         assert index.min() >= 0

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax import make_env
 from mbrl_jax.data import ring
@@ -37,14 +36,14 @@ def always(action):
 def test_an_oracle_rollout_is_the_true_trajectory(env_id):
     env = make_env(env_id)
     keys = jax.random.split(jax.random.key(0), 4)
-    state, obs = quick(jax.vmap(env.reset))(keys)
+    state, obs = jax.jit(jax.vmap(env.reset))(keys)
     depth = 30
     draws = jax.random.split(jax.random.key(1), depth * 4).reshape(depth, 4)
-    actions = np.asarray(quick(jax.vmap(jax.vmap(env.spec.random_action)))(draws))
+    actions = np.asarray(jax.jit(jax.vmap(jax.vmap(env.spec.random_action)))(draws))
     model = oracle(env)
-    rolled = quick(lambda *x: rollout.rollout(model, env.params, *x))
+    rolled = jax.jit(lambda *x: rollout.rollout(model, env.params, *x))
     got = jax.tree.map(np.asarray, rolled(obs, actions, jax.random.key(2)))
-    advance = quick(jax.vmap(env.step))
+    advance = jax.jit(jax.vmap(env.step))
     alive = np.ones(4, bool)
     for t in range(depth):
         before = obs
@@ -59,7 +58,7 @@ def test_an_oracle_rollout_is_the_true_trajectory(env_id):
         np.testing.assert_allclose(row.reward, step.reward[alive], rtol=1e-3, atol=2e-3)
         np.testing.assert_array_equal(row.terminated, step.terminated[alive])
         alive = alive & ~np.asarray(step.terminated)
-    returns = quick(lambda *x: rollout.returns(model, env.params, *x))
+    returns = jax.jit(lambda *x: rollout.returns(model, env.params, *x))
     total = returns(got.transition.obs[0], actions, jax.random.key(3))
     expected = np.sum(np.where(got.mask, got.transition.reward, 0.0), axis=0)
     np.testing.assert_allclose(total, expected, rtol=1e-4)
@@ -83,7 +82,7 @@ def test_rows_end_with_the_task_and_stay_ended():
 def test_the_length_is_traced_and_later_depths_are_masked():
     traces = []
 
-    @quick
+    @jax.jit
     def run(length):
         traces.append(0)
         start = jnp.full((2, 1), -9.0)

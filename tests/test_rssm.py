@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rssm_reference as reference
-from probes import quick
 
 from mbrl_jax.models import (
     rssm,
@@ -91,7 +90,7 @@ def test_the_posterior_pass_is_the_plain_one(monkeypatch, layout, gaussian, dtyp
             made = observe(params, tokens, actions, *rest, start, share)
             return sum(jnp.sum(a * b) for a, b in zip(weights, made, strict=True)), made
 
-        return quick(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
 
     def ours(*args):
         return tuple(rssm.observe(*args[:-1], share=args[-1], gaussian=gaussian, dtype=dtype))
@@ -111,7 +110,7 @@ def test_the_posterior_pass_is_the_plain_one(monkeypatch, layout, gaussian, dtyp
 
 def stepped(params, tokens, actions, first, noise, start):
     """`observe` by steps, each called by itself."""
-    step, made, state = quick(functools.partial(rssm.step, dtype=jnp.float32)), [], start
+    step, made, state = jax.jit(functools.partial(rssm.step, dtype=jnp.float32)), [], start
     for t in range(tokens.shape[1]):
         now = step(params, state, tokens[:, t], actions[:, t], first[:, t], noise[:, t])
         state = rssm.State(now.deter, now.stoch)
@@ -121,7 +120,7 @@ def stepped(params, tokens, actions, first, noise, start):
 
 @functools.cache
 def observed():
-    return quick(functools.partial(rssm.observe, dtype=jnp.float32))
+    return jax.jit(functools.partial(rssm.observe, dtype=jnp.float32))
 
 
 def test_a_sequence_is_step_after_step():
@@ -139,7 +138,7 @@ def test_an_episode_within_a_sequence_is_one_of_its_own():
     whole = observed()(params, tokens, actions, first, noise, start)
     # the action before a first observation counts as zero, as does the state
     other = rssm.zero_state((B,), *SIZES[:1], *SIZES[3:5], jnp.float32)
-    alone = quick(lambda *x: rssm.observe(*x, dtype=jnp.float32))(
+    alone = jax.jit(lambda *x: rssm.observe(*x, dtype=jnp.float32))(
         params, tokens[:, 2:], actions.at[:, 2].set(0.0)[:, 2:], first[:, 2:], noise[:, 2:]
     )
     later = jax.tree.map(lambda x: x[:, 2:], whole)
@@ -159,7 +158,7 @@ def test_an_episode_within_a_sequence_is_one_of_its_own():
 def test_the_core_is_a_dense_layer_with_a_mask():
     params = parameters()
     _, actions, _, _, start = sequence()
-    made = quick(lambda *x: rssm.core(*x, jnp.float32))(params, start, actions[:, 0])
+    made = jax.jit(lambda *x: rssm.core(*x, jnp.float32))(params, start, actions[:, 0])
     expected = reference.core(params, start.deter, start.stoch, actions[:, 0])
     assert_equal_to_rounding(made, expected, 1e-5)
     matrix = reference.block_matrix(params["core"]["gates"]["kernel"])
@@ -210,7 +209,7 @@ def test_imagination_is_core_and_prior_by_hand(monkeypatch, backend):
         made = rssm.Dreamt(deter, stoch, actions)
         return jnp.sum(jnp.sin(deter)) + jnp.sum(actions), made
 
-    expected, made = (quick(jax.grad(f, has_aux=True))(params) for f in (by_hand, dreamt))
+    expected, made = (jax.jit(jax.grad(f, has_aux=True))(params) for f in (by_hand, dreamt))
     assert_equal_to_rounding(made, expected, 2e-5)
     assert made[1].deter.shape == (horizon + 1, B, SIZES.deter)
     np.testing.assert_array_equal(made[1].deter[0], start.deter)
@@ -240,8 +239,8 @@ def test_seeds_under_vmap_are_seeds_alone(monkeypatch, backend):
         )
 
     many = [(parameters(seed), sequence(10 * seed), np.float32(0.1 * seed)) for seed in (1, 2)]
-    together = quick(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *many))
-    alone = quick(run)
+    together = jax.jit(jax.vmap(run))(*jax.tree.map(lambda *x: jnp.stack(x), *many))
+    alone = jax.jit(run)
     for seed, one in enumerate(many):
         here = jax.tree.map(lambda x, seed=seed: x[seed], together)
         assert_equal_to_rounding(here, alone(*one), 3e-5)
@@ -254,7 +253,7 @@ def test_bfloat16_computes_near_float32_and_keeps_gradients_in_float32():
         made = rssm.observe(params, *inputs, dtype=dtype, share=0.01)
         return jnp.mean(made.deter.astype(jnp.float32) ** 2), made
 
-    both = quick(jax.grad(loss, has_aux=True), static_argnums=1)
+    both = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
     (grads, made), (exact, expected) = both(params, "bfloat16"), both(params, "float32")
     assert made.deter.dtype == made.stoch.dtype == jnp.bfloat16
     assert made.logits.dtype == jnp.float32

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick, randomly
+from probes import randomly
 
 from mbrl_jax.models import rssm, rssm_actions, rssm_codec, rssm_forecast, rssm_latents, rssm_params
 from mbrl_jax.types import EnvSpec, InputError
@@ -32,7 +32,7 @@ def given():
     }
 
 
-@quick
+@jax.jit
 def foretell(params, obs, actions, is_first, key):
     return rssm_forecast.forecast(
         params, obs, actions, is_first, key, CONTEXT, OBS, SIZES, dtype=jnp.float32

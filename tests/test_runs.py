@@ -158,7 +158,6 @@ RUNS = {
         "prioritised_sweeping",
     ],
 )
-@pytest.mark.usefixtures("hasty")
 def test_interrupted_and_resumed(agent, tmp_path):
     env_id, arguments, fields = RUNS[agent]
     env = make_env(env_id, **arguments)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from probes import assert_near, first_gradient, quick, randomly, slopes, zeros
+from probes import assert_near, first_gradient, randomly, slopes, zeros
 from scipy import stats
 
 from mbrl_jax import AGENTS, make_agent, make_env, make_train
@@ -20,7 +20,7 @@ from mbrl_jax.types import EnvSpec, InputError, NStep, Step, Transition
 
 SPEC = EnvSpec("none", (3,), "float32", 50, action_low=(-1.0, 0.5), action_high=(1.0, 3.5))
 BATCH, SIZE = 6, 2  # transitions of a gradient step, dimensions of an action
-UPDATE = quick(lambda config, *args: sac.make_learner(config, SPEC).update(*args))
+UPDATE = jax.jit(lambda config, *args: sac.make_learner(config, SPEC).update(*args))
 
 
 def config(**fields):
@@ -274,14 +274,14 @@ WHOLE = config(
     num_critics=4, target_subset=2, gamma=0.5, tau=1e-9, critic_learning_rate=1e-9,
     learning_rate=0.01, temperature=1e-12, learn_temperature=False,
 )  # fmt: skip
-OBSERVE = quick(lambda config, *args: sac.make(config, SPEC).observe(*args))
+OBSERVE = jax.jit(lambda config, *args: sac.make(config, SPEC).observe(*args))
 
 
 def _update(config, state, key, t):
     return sac.make(config, SPEC).update(state, key, t, t // config.steps_per_update)
 
 
-WHOLE_UPDATE = quick(_update)
+WHOLE_UPDATE = jax.jit(_update)
 
 
 def whole(worth):
@@ -358,7 +358,7 @@ def test_actions_lie_within_the_bounds_and_reach_them(mode):
         agent = sac.make(config(), spec)
         low, high = np.array(spec.action_low), np.array(spec.action_high)
         actor = randomly(jax.eval_shape(agent.init, jax.random.key(0)).learner.params.actor, 0)
-        act = quick(partial(acting, agent), static_argnums=5)
+        act = jax.jit(partial(acting, agent), static_argnums=5)
         for factor in (1.0, 300.0):
             scaled = jax.tree.map(lambda x, f=factor: x * f, actor)
             args = (agent.init_memory(200), obs, jnp.ones(200, bool), jax.random.key(2))
@@ -372,7 +372,7 @@ def test_actions_lie_within_the_bounds_and_reach_them(mode):
 def test_the_noise_of_exploration_sways_as_told_and_begins_anew_with_an_episode(rho):
     cfg, num = config(noise_correlation=rho), 4000
     agent, actor, obs = sac.make(cfg, SPEC), start(cfg).params.actor, jnp.zeros((num, 3))
-    act = quick(partial(acting, agent), static_argnums=5)
+    act = jax.jit(partial(acting, agent), static_argnums=5)
     memory, noise = agent.init_memory(num), []
     for step in range(6):
         first = jnp.full(num, step in (0, 5))

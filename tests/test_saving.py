@@ -151,7 +151,6 @@ def test_a_signal_between_two_checkpoints_saves(signum, lake, short, tmp_path):
 @pytest.mark.parametrize(
     "agent", [pytest.param(name, marks=() if name == "sac" else pytest.mark.slow) for name in SMALL]
 )
-@pytest.mark.usefixtures("hasty")
 def test_periods_without_an_episode_under_jax_debug_nans(agent, tmp_path):
     """The flag stops at no number of ours, and changes none."""
     env = make_env("Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1", max_steps_in_episode=40)

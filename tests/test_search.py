@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_reference as reference
-from probes import quick
 from search_worlds import (
     MACHINES,
     STATES,
@@ -161,7 +160,7 @@ def test_sampled_search_over_all_actions_is_the_discrete_one():
 
     root = root_of(params, batch)
     actions, logits = candidates(root.embedding)
-    found = quick(lambda key: search.sampled_policy(
+    found = jax.jit(lambda key: search.sampled_policy(
         params, key,
         search.SampledRootFnOutput(actions=actions, prior_logits=logits, value=root.value,
                                    embedding=root.embedding),
@@ -188,7 +187,7 @@ def test_sampled_search_over_all_actions_is_the_discrete_one():
 def test_metrics_tell_what_a_plain_walk_tells():
     params, batch = world(2, 5, 0.9, 1.0), 4
     out = plain("gumbel_muzero_policy", batch, 33)(params, invalid_of(4, batch, 5))
-    found = {name: np.asarray(x) for name, x in quick(search.search_metrics)(out).items()}
+    found = {name: np.asarray(x) for name, x in jax.jit(search.search_metrics)(out).items()}
     tree = jax.tree.map(np.asarray, out.search_tree)
     for i in range(batch):
         depths = []
@@ -237,17 +236,17 @@ def test_seeds_under_vmap_are_single_searches(policy, masked):
         )
         return out.action, out.action_weights, out.search_tree
 
-    together = quick(jax.vmap(one))(
+    together = jax.jit(jax.vmap(one))(
         jax.tree.map(lambda *x: np.stack(x), *worlds), jax.random.clone(keys)
     )
-    single = quick(one)
+    single = jax.jit(one)
     for i in range(num_seeds):
         alone = single(worlds[i], jax.random.clone(keys)[i])
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(np.asarray(a)[i], b, rtol=1e-5, atol=1e-6)
     # two axes, and parameters that all share
     grid = jax.random.clone(keys).reshape(3, 1)
-    shared = quick(jax.vmap(jax.vmap(one, (None, 0)), (None, 0)))(worlds[0], grid)
+    shared = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (None, 0)))(worlds[0], grid)
     alone = single(worlds[0], keys[1])
     for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(np.asarray(a)[1, 0], b, rtol=1e-5, atol=1e-6)
@@ -300,7 +299,7 @@ def test_poisoned_lane_stays_alone(policy):
             value=jnp.where(bad, poison, out.value),
         ), jnp.stack([after, state[:, 1]], axis=1)  # fmt: skip
 
-    @quick
+    @jax.jit
     def searched(bad, poison):
         root = root_of(params, 3)
         state = jnp.stack([root.embedding, bad], axis=1)

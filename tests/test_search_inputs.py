@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 from search_worlds import (
     STATES,
     chance_functions,
@@ -155,9 +154,9 @@ def test_vmapped_values_may_be_closed_over(policy):
         )
         return out.action_weights, out.search_tree.children_visits
 
-    found = quick(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
-    mapped = jax.vmap(quick(closing))(jax.random.clone(keys), stacked, epsilons)
-    alone = quick(closing)
+    found = jax.jit(jax.vmap(closing))(jax.random.clone(keys), stacked, epsilons)
+    mapped = jax.vmap(jax.jit(closing))(jax.random.clone(keys), stacked, epsilons)
+    alone = jax.jit(closing)
     for i in range(2):
         own = alone(jax.random.clone(keys)[i], worlds[i], epsilons[i])
         for a, b, want in zip(found, mapped, own, strict=True):
@@ -195,9 +194,9 @@ def test_a_python_loop_goes_on_from_a_tree():
     tree = run(search, "muzero_policy", params, BATCH, 6).search_tree
     root = root_of(params, BATCH)
     action = np.argmax(tree.children_visits[:, 0], axis=1).astype(np.int32)
-    tree = quick(search.advance)(tree, action)
+    tree = jax.jit(search.advance)(tree, action)
     found = [
-        quick(
+        jax.jit(
             lambda key, loop=loop: (
                 search.muzero_policy(
                     params, key, root, model, 6, search_tree=tree, loop_fn=loop
@@ -268,7 +267,7 @@ def test_a_root_with_nan_tells_so_and_leaves_the_others_alone(name):
     params = world(0, ACTIONS, 0.9, 1.0)
     invalid = np.zeros((BATCH, ACTIONS), bool)
     invalid[:, 0] = True
-    planned = quick(SEARCHES[name])
+    planned = jax.jit(SEARCHES[name])
 
     def searched(**roots):
         tables = {k: np.array(params[k]) for k in roots}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from probes import quick
 from search_worlds import (
     MACHINES,
     STATES,
@@ -145,7 +144,7 @@ def test_chance_nodes_are_those_of_mctx():
             embedding=state,
         )  # fmt: skip
         invalid = jnp.asarray(invalid_of(2, batch, num_actions), jnp.float32)
-        return quick(lambda key: library.stochastic_muzero_policy(
+        return jax.jit(lambda key: library.stochastic_muzero_policy(
             params, key, root, decide, answer, 40, invalid))(jax.random.key(3))  # fmt: skip
 
     ours = searched(search)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_reference as reference
-from probes import quick
 from search_worlds import invalid_of, model, root_of, run, step_of, world
 
 from mbrl_jax import search
@@ -79,7 +78,7 @@ def test_halving_once_visits_as_algorithm_2_does(num, actions, most, masked):
 def go_on(params, tree, actions, num, **options):
     """Another search from the states that the actions lead to."""
 
-    @quick
+    @jax.jit
     def advanced(params, key, tree, actions):
         state = params["next"][jnp.arange(actions.shape[0]), jnp.maximum(actions, 0)]
         root = search.RootFnOutput(
@@ -125,7 +124,7 @@ def test_a_search_that_goes_on_visits_as_the_reference_does(depth, tree_range):
         want = reference.muzero(child, step_of(params), num, valid, depth, tree_range)
         np.testing.assert_array_equal(tree.children_visits[i, 0], want, err_msg=str(i))
         np.testing.assert_allclose(tree.node_values[i, 0], child.value, rtol=1e-4)
-    kept = np.asarray(quick(search.advance)(first.search_tree, chosen).node_visits)[:, 0]
+    kept = np.asarray(jax.jit(search.advance)(first.search_tree, chosen).node_visits)[:, 0]
     np.testing.assert_array_equal(kept[2:], visits.max(axis=1)[2:])
     assert (kept[2:] > 1).all()
     assert kept[1] == 0
@@ -135,7 +134,7 @@ def test_an_advanced_tree_is_the_part_below_the_action():
     params, batch = world(3, 5, 0.9, 1.0), 4
     tree = run(search, "gumbel_muzero_policy", params, batch, 40).search_tree
     action = np.argmax(tree.children_visits[:, 0], axis=1)
-    part = jax.tree.map(np.asarray, quick(search.advance)(tree, action))
+    part = jax.tree.map(np.asarray, jax.jit(search.advance)(tree, action))
     whole = jax.tree.map(np.asarray, tree)
 
     def same(i, a, b):
@@ -174,9 +173,9 @@ def test_seeds_under_vmap_go_on_as_single_searches_do():
 
     keys = jax.random.split(jax.random.key(1), 2)
     halves = jax.tree.map(lambda x: x.reshape(2, batch, *x.shape[1:]), (first, actions))
-    together = quick(jax.vmap(one))(jax.random.clone(keys), *halves)
+    together = jax.jit(jax.vmap(one))(jax.random.clone(keys), *halves)
     for i in range(2):
-        alone = quick(one)(keys[i], *jax.tree.map(lambda x, i=i: x[i], halves))
+        alone = jax.jit(one)(keys[i], *jax.tree.map(lambda x, i=i: x[i], halves))
         for a, b in zip(together, alone, strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-5)
 
@@ -185,7 +184,7 @@ def test_trees_that_do_not_fit_are_refused():
     params = world(0, 4, 0.9, 1.0)
     tree = run(search, "muzero_policy", params, 2, 8).search_tree
     with pytest.raises(ValueError, match=r"search_tree of \(2, 9, 4\) .* expected \(2, 13, 4\)"):
-        quick(lambda key: search.muzero_policy(params, key, root_of(params, 2), model, 12,
+        jax.jit(lambda key: search.muzero_policy(params, key, root_of(params, 2), model, 12,
                                                search_tree=tree))(jax.random.key(0))  # fmt: skip
     with pytest.raises(ValueError, match=r"action of shape \(3,\): expected \(2,\)"):
         search.advance(tree, jnp.zeros(3, jnp.int32))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probes import quick
 
 from mbrl_jax import AGENTS, make_env, search, train
 from mbrl_jax.agents import sac
@@ -52,7 +51,7 @@ def test_exact_values_lead_along_an_optimal_path_from_every_state(env, policy, g
     if policy == "muzero_policy":
         options = {"dirichlet_fraction": 0.0, "temperature": 0.0}
 
-    @quick
+    @jax.jit
     def plan(params, key):
         root = latent.search_root(model, params, (states, cells))
         function = latent.recurrent_fn(model)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import search_reference as reference
-from probes import quick
 from search_worlds import (
     chance_functions,
     chance_steps_of,
@@ -101,10 +100,10 @@ def values_of_lanes(transform):
         found = node.transform_of(OURS[transform](x), ACTIONS)
         return node.values_of(found, found.for_roots(BATCH))(nodes)
 
-    return quick(values)
+    return jax.jit(values)
 
 
-@quick
+@jax.jit
 def values_of_one(x, nodes):
     found = node.transform_of(one_of(x), ACTIONS)
     return node.values_of(found, found.for_roots(BATCH))(nodes)
@@ -201,7 +200,7 @@ def test_stochastic_search_with_every_transform_is_the_reference(transforms, mon
     decide, answer = chance_functions(ACTIONS)
     make = by_tree if transforms == ("tree",) else one_of
 
-    @quick
+    @jax.jit
     def plan(params, key, invalid, x):
         wide = root_of(params, BATCH)
         root = search.RootFnOutput(
@@ -245,7 +244,7 @@ def test_sampled_search_with_every_transform_is_the_reference():
         actions = jnp.arange(ACTIONS, dtype=jnp.float32)[None]
         return jnp.broadcast_to(actions, (state.shape[0], ACTIONS))
 
-    @quick
+    @jax.jit
     def plan(params, key, x):
         root = root_of(params, BATCH)
         return search.sampled_policy(
@@ -294,7 +293,7 @@ def test_gumbel_stays_among_legal_actions_whatever_the_scale_of_values():
     """A completed value of an illegal action stands far above those of the legal one."""
     batch, num = 8, 240
 
-    @quick
+    @jax.jit
     def plan(key, value_scale):
         root = search.RootFnOutput(
             prior_logits=jnp.zeros((batch, ACTIONS)), value=jnp.ones(batch),
@@ -354,7 +353,7 @@ def test_a_search_goes_on_with_rewards_and_discounts():
     first = plain("muzero_policy", BATCH, NUM)(params).search_tree
     action = np.argmax(first.children_visits[:, 0], axis=1).astype(np.int32)
 
-    @functools.partial(quick, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def plan(read, key, action):
         state = params["next"][jnp.arange(BATCH), action]
         root = search.RootFnOutput(

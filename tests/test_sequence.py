@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick
 from scipy import stats
 from test_structure import primitives
 
@@ -41,8 +40,8 @@ def batch_of(t, num_envs, seed=0):
 @cache
 def jitted(capacity, num_envs):
     made = sequence.make(EXAMPLE, capacity, num_envs)
-    sample = quick(made.sample, static_argnums=(2, 3))
-    return made, quick(made.init), quick(made.add), sample
+    sample = jax.jit(made.sample, static_argnums=(2, 3))
+    return made, jax.jit(made.init), jax.jit(made.add), sample
 
 
 def filled(capacity, num_envs, written):
@@ -124,10 +123,10 @@ def test_seeds_draw_windows_of_their_own():
     def stack(*trees):
         return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
-    rows, add_both = stack(init(), init()), quick(jax.vmap(made.add, (0, 0, None)))
+    rows, add_both = stack(init(), init()), jax.jit(jax.vmap(made.add, (0, 0, None)))
     for t in range(6):
         rows = add_both(rows, stack(batch_of(t, 3, 0), batch_of(t, 3, 1)), jnp.int32(t))
-    draw = quick(jax.vmap(lambda rows, key: made.sample(rows, key, 4, 2, jnp.int32(6))))
+    draw = jax.jit(jax.vmap(lambda rows, key: made.sample(rows, key, 4, 2, jnp.int32(6))))
     found = draw(rows, jax.random.split(jax.random.key(0)))
     keys = jax.random.split(jax.random.key(0))
     for seed in range(2):
@@ -141,17 +140,17 @@ def test_seeds_draw_windows_of_their_own():
 def test_latents_are_written_back_as_by_the_authors():
     example = {"deter": jax.ShapeDtypeStruct((2,), "bfloat16")}
     made = sequence.make(example, 80, 2)
-    rows, add = made.init(), quick(made.add)
+    rows, add = made.init(), jax.jit(made.add)
     for t in range(40):
         acting = jnp.array([[t, 0], [t, 1]], jnp.bfloat16)
         rows = add(rows, {"deter": acting}, jnp.int32(t))
     expected = np.asarray(GOLDEN["write_back"]["numbers"], np.float32)
-    windows, index = quick(made.read, static_argnums=2)(rows, made.index(10, 0)[None], 5)
+    windows, index = jax.jit(made.read, static_argnums=2)(rows, made.index(10, 0)[None], 5)
     assert windows["deter"][0, :, 0].tolist() == [10, 11, 12, 13, 14]
     # the first record is the context; the others are trained on and get their new latents
     latents = jnp.asarray(expected[None, 11:15], jnp.bfloat16)
     assert not (latents == windows["deter"][:, 1:]).any()
-    rows = quick(made.set)(rows, index[:, 1:], {"deter": latents})
+    rows = jax.jit(made.set)(rows, index[:, 1:], {"deter": latents})
     found = made.ring.all(rows)["deter"].reshape(40, 2, 2)
     np.testing.assert_array_equal(found[:, 0], jnp.asarray(expected, jnp.bfloat16))
     np.testing.assert_array_equal(found[:, 1, 1], np.ones(40))

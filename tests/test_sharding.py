@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import COLLECTIVES, FULL_DISK, assert_same, finish, rows, saved, start, steps
-from probes import haste, quick
 
 from mbrl_jax import InputError, make_env, make_train, train
 from mbrl_jax.runtime import devices
@@ -34,7 +33,6 @@ PLAN = {"eval_every": 50, "eval_episodes": 2, "eval_max_steps": 50}
         "prioritised_sweeping",
     ],
 )
-@pytest.mark.usefixtures("hasty")
 def test_eight_devices(agent):
     env_id, arguments = WORLDS[agent]
     env = make_env(env_id, **arguments)
@@ -42,7 +40,7 @@ def test_eight_devices(agent):
     spread = jax.tree.leaves(result.state)[0].sharding
     assert len(spread.device_set) == jax.device_count() == 8
     keys = jax.random.split(jax.random.key(0), 16)
-    state, history = quick(jax.vmap(make_train(agent, env, 200, **PLAN)))(keys)
+    state, history = jax.jit(jax.vmap(make_train(agent, env, 200, **PLAN)))(keys)
     assert len(jax.tree.leaves(state)[0].sharding.device_set) == 1
     assert_same(result.state, state)
     np.testing.assert_array_equal(result.history.pop("env_steps"), history.pop("env_steps")[0])
@@ -58,7 +56,7 @@ def test_no_collectives(agent, mode):
     init, chunk = job.functions()
     programs = (init.lower(job.keys(), config), chunk.lower(job.like(), config, jnp.int32(0)))
     for program in programs:
-        text = program.compile(haste()).as_text()
+        text = program.compile().as_text()
         assert "num_partitions=8" in text
         assert not re.findall(COLLECTIVES, text)
 

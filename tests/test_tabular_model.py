@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick
 from scipy import stats
 
 from mbrl_jax.models import tabular
@@ -28,9 +27,9 @@ transitions = st.lists(
 )
 
 
-observe = quick(lambda model, x, t: tabular.observe(model, x, A, t))
-recall = quick(tabular.recall)
-choose = quick(tabular.choose)
+observe = jax.jit(lambda model, x, t: tabular.observe(model, x, A, t))
+recall = jax.jit(tabular.recall)
+choose = jax.jit(tabular.choose)
 
 
 def learn(empty, seen):

@@ -99,7 +99,6 @@ OTHERS = {
         for name in OTHERS
     ],
 )
-@pytest.mark.usefixtures("hasty")
 def test_a_larger_total_with_every_kind_of_agent(agent, tmp_path):
     env_id, arguments, fields = OTHERS[agent]
     env = make_env(env_id, **arguments)

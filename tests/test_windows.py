@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probes import quick
 from test_prioritised import assert_sums
 from test_sequence import GOLDEN
 from test_structure import copies_in_loops, primitives
@@ -23,7 +22,7 @@ FLAG = jax.ShapeDtypeStruct((), "bool")
 def windowed(capacity, num_envs, length):
     made = windows.make(ring.make(FLAG, capacity, num_envs), length)
     over_seeds = jax.vmap(made.add, (0, None)), jax.vmap(made.set, (0, 0, 0, None))
-    return made, quick(made.add), quick(made.set), *map(quick, over_seeds)
+    return made, jax.jit(made.add), jax.jit(made.set), *map(jax.jit, over_seeds)
 
 
 def leaves(priorities, capacity):
@@ -99,7 +98,7 @@ def test_windows_are_open_while_they_are_whole(sizes, calls, extra):
 
 def test_no_window_is_drawn_that_is_not_whole():
     made, add, _, _, _ = windowed(12, 2, 3)
-    sample = quick(made.sample, static_argnums=2)
+    sample = jax.jit(made.sample, static_argnums=2)
     priorities = made.init()
     for t in range(15):
         priorities = add(priorities, jnp.int32(t))
@@ -127,7 +126,7 @@ def test_the_windows_that_are_held_are_those_of_the_authors():
 @pytest.mark.parametrize(("num_envs", "records"), GOLDEN["first_update"]["numbers"])
 def test_1024_windows_are_there_when_the_authors_begin_to_train(num_envs, records):
     made, add, _, _, _ = windowed(4096, num_envs, 65)
-    add_all = quick(lambda p, times: jax.lax.scan(lambda p, t: (made.add(p, t), ()), p, times)[0])
+    add_all = jax.jit(lambda p, times: jax.lax.scan(lambda p, t: (made.add(p, t), ()), p, times)[0])
     steps = records // num_envs
     before = add_all(made.init(), jnp.arange(steps - 1, dtype=jnp.int32))
     assert np.count_nonzero(leaves(before, 4096)) == 1024 - num_envs
@@ -140,12 +139,14 @@ def test_windows_late_and_in_64_bits(x64):
         made = windows.make(ring.make(FLAG, 64 * 100, 64), 5)
         priorities, t = made.init(), 2**31 - 1
         for step in range(t - 5, t + 1):
-            priorities = quick(made.add)(priorities, jnp.int32(step))
+            priorities = jax.jit(made.add)(priorities, jnp.int32(step))
         rows = {step % 100 * 64 + env for step in (t - 5, t - 4) for env in range(64)}
         # the first adds opened windows whose steps were written before
         rows |= {step % 100 * 64 + env for step in range(t - 9, t - 5) for env in range(64)}
         assert set(np.flatnonzero(leaves(priorities, 6400)).tolist()) == rows
-        index, probability = quick(made.sample, static_argnums=2)(priorities, jax.random.key(0), 8)
+        index, probability = jax.jit(made.sample, static_argnums=2)(
+            priorities, jax.random.key(0), 8
+        )
         assert set(index.tolist()) <= rows
         assert (index.dtype, probability.dtype) == (jnp.int32, jnp.float32)
         assert {x.dtype.name for x in jax.tree.leaves(priorities)} == {"float32"}
