@@ -4,10 +4,10 @@
     python experiments/dreamer_gymnax.py --only "dreamer CartPole-v1"
     python experiments/dreamer_gymnax.py --long --only Breakout
 
-Only the size of the networks and the train ratio are named, and they are the same everywhere
-(`CONFIG`). Beside it run PPO, and DQN or SAC, at equal real steps, each with the preset that it has
-for an environment. How a row is stored and judged: `learning.py`. MinAtar's games are rows of
---long, since a step costs Dreamer an update of its world model.
+The configuration is `learning.SMALL_DREAMER` everywhere. Beside it run PPO, and DQN or SAC, at
+equal real steps, each with the preset that it has for an environment. How a row is stored and
+judged: `learning.py`. MinAtar's games are rows of --long, since a step costs Dreamer an update of
+its world model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import learning
 import tyro
-from learning import Options, Run
+from learning import SMALL_DREAMER, Options, Run
 
 
 class World(NamedTuple):
@@ -31,7 +31,6 @@ class World(NamedTuple):
     env_args: Mapping[str, Any] = {}
 
 
-CONFIG: dict[str, Any] = {"size": "nano", "train_ratio": 64}
 WORLDS = (
     World("CartPole-v1", 40_000, 450),
     World("Pendulum-v1", 30_000, -250, continuous=True),
@@ -64,19 +63,21 @@ WORLDS = (
 )
 
 
-def rows(config: dict[str, Any]) -> Iterator[Run]:
+def rows() -> Iterator[Run]:
     """Dreamer and its peers, world by world."""
     for world in WORLDS:
         every = world.steps // 20
         shared = {"long": world.long, "env_args": world.env_args}
         yield Run("dreamer", world.env, world.steps, world.target, every, 10,
-                  overrides=config, title="dreamer", **shared)  # fmt: skip
+                  overrides=SMALL_DREAMER, title="dreamer", **shared)  # fmt: skip
         for peer in ("ppo", "sac" if world.continuous else "dqn"):
             yield Run(peer, world.env, world.steps, None, every, 10, **shared)
 
 
+RUNS = tuple(rows())
+
 if __name__ == "__main__":
     learning.main(
-        "dreamer_gymnax", tuple(rows(CONFIG)),
+        "dreamer_gymnax", RUNS,
         tyro.cli(Options, default=Options(seeds=5), description=__doc__),
     )  # fmt: skip

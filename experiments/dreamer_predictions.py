@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from common import report
-from learning import QUICK
+from learning import QUICK, SMALL_DREAMER
 
 import mbrl_jax
 from mbrl_jax.agents import dreamer
@@ -40,7 +40,7 @@ class Options:
     # environment id
     env: str = "Catch-bsuite"
     # environment steps of each seed
-    total_steps: int = 15_000
+    total_steps: int = 10_000
     # independent runs
     seeds: int = 5
     # observations of an episode that the model sees
@@ -165,7 +165,7 @@ def main(options: Options) -> dict[str, Any]:
     """Trains, foretells and draws; -> the table."""
     started = time.perf_counter()
     env = mbrl_jax.make_env(options.env)
-    fields: dict[str, Any] = {"size": options.size}
+    fields: dict[str, Any] = SMALL_DREAMER | {"size": options.size}
     if options.quick:
         options = dataclasses.replace(options, total_steps=256, seeds=2, episodes=4)
         fields |= QUICK["dreamer"]

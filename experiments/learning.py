@@ -82,6 +82,19 @@ STYLE = {
 }
 
 
+SMALL_DREAMER: dict[str, Any] = {
+    "size": "nano",
+    "num_envs": 1,
+    "train_ratio": 128,
+    "batch_length": 16,
+    "start_windows": 500,
+    "buffer_size": 100_000,
+    "learning_rate": 5e-4,
+    "warmup_updates": 200.0,
+    "entropy_scale": 1e-2,
+}
+"""One Dreamer for every small world, that a CPU trains in minutes."""
+
 QUICK: dict[str, dict[str, Any]] = {  # of a run that only shows that everything works
     "dqn": {"num_envs": 1, "warmup_steps": 64, "hidden": (16,)},
     "ppo": {"num_envs": 4, "num_steps": 32, "minibatches": 2, "hidden": (16,)},
