@@ -3,11 +3,14 @@
     python benchmarks/accelerator.py --list
     python benchmarks/accelerator.py --minutes 9
     python benchmarks/accelerator.py --minutes 9 --only search_800 mbpo_cheetah
+    python benchmarks/accelerator.py --minutes 4 --beside 10
     python benchmarks/accelerator.py --smoke
 
 The jobs are in accelerator_jobs.py. --minutes runs the most valuable ones that fit, one after
 another, each in a process of its own with a limit, at which it is killed with all its children; a
-job that fails or hangs stops nothing else. --smoke runs every job at toy size on the CPU.
+job that fails or hangs stops nothing else. Most of a job's time is compilation: with --beside so
+many jobs compile side by side and measure in turn, a core for each is enough; runs that learn are
+left out then, since they hold the device. --smoke runs every job at toy size on the CPU.
 
 Records lie in benchmarks/results/accelerator/: NAME.json of a job that ended well, and
 NAME.unfinished.json of one that was cut or failed, which is written while the job runs, so that a
@@ -26,13 +29,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerator_jobs import JOBS, ROOT, Job, choose, code_hash, in_order, lacking
-from common import HERE, markdown
+from common import ALONE, HERE, markdown
 
 from mbrl_jax.runtime.logs import write_whole
 
@@ -44,6 +49,8 @@ GRACE = 10.0
 SMOKE_SECONDS = 600.0
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 """The environment of a smoke run."""
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""The environment of jobs that share the device's memory."""
 STOP_EARLY = 90.0
 """Seconds before its limit at which a run that saves itself is asked to stop."""
 DESCRIBE = """
@@ -156,6 +163,8 @@ def run(
     results: Path,
     described: Mapping[str, Any],
     smoke: bool = False,
+    lock: Path | None = None,
+    halt: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Runs a job and writes its record as it goes.
 
@@ -165,6 +174,8 @@ def run(
       results: folder of the record.
       described: from `machine`.
       smoke: at toy size.
+      lock: the file by which jobs beside this one measure in turn.
+      halt: the job is cut once it is set.
 
     Returns:
       The `job` part of the record; `state` is "done", "cut" or "failed".
@@ -172,6 +183,7 @@ def run(
     results.mkdir(parents=True, exist_ok=True)
     words = command(job, seconds, results / "runs" if smoke else RUNS, smoke)
     own = dict(ON_CPU if smoke else job.environment)
+    own |= SHARED if lock else {}
     if flags := os.environ.get("XLA_FLAGS"):  # the user's win
         own["XLA_FLAGS"] = f"{own.get('XLA_FLAGS', '')} {flags}".strip()
     whole, unfinished = (results / f"{job.name}{end}.json" for end in ("", ".unfinished"))
@@ -209,11 +221,13 @@ def run(
             process = subprocess.Popen(
                 [sys.executable, *words, "--out", folder], cwd=ROOT, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **own},
+                env={**os.environ, **own, **({ALONE: str(lock)} if lock else {})},
             )  # fmt: skip
             seen = -1
             try:
                 while (left := seconds - (time.monotonic() - started)) > 0:
+                    if halt is not None and halt.is_set():
+                        break
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(min(left, 1.0))
                         break
@@ -247,23 +261,50 @@ def ending(about: Mapping[str, Any], results: Path) -> str:
 
 
 def queue(
-    waiting: Sequence[Job], minutes: float, results: Path, described: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Runs jobs in order as long as one fits into the minutes; -> the `job` part of each record."""
+    waiting: Sequence[Job], minutes: float, results: Path, described: Mapping[str, Any],
+    beside: int = 1,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Runs jobs in order as long as one fits into the minutes; -> the `job` parts of the records.
+
+    Args:
+      waiting: in order.
+      minutes: for all of them.
+      results: folder of the records.
+      described: from `machine`.
+      beside: jobs at once.
+    """
     until, waiting = time.monotonic() + 60 * minutes, list(waiting)
-    while (found := choose(waiting, (until - time.monotonic()) / 60)) is not None:
-        job, most = found
-        waiting.remove(job)
-        left = (until - time.monotonic()) / 60
-        print(f"start {job.name}, at most {most:.1f} of {left:.1f} minutes: {job.measures}",
-              flush=True)  # fmt: skip
-        # what ends a process takes a while, too
-        about = run(job, max(60 * most - GRACE, 1.0), results, described)
-        print(ending(about, results), flush=True)
-        yield about
-    left = max(until - time.monotonic(), 0.0) / 60
-    print(f"{len(waiting)} jobs wait, none of which fits into {left:.1f} minutes"
+    choosing, halt, ended = threading.Lock(), threading.Event(), []
+
+    def left() -> float:
+        return max(until - time.monotonic(), 0.0) / 60
+
+    def work(lock: Path | None) -> None:
+        while not halt.is_set():
+            with choosing:
+                found = choose(waiting, left())
+                if found is None:
+                    return
+                job, most = found
+                waiting.remove(job)
+                print(f"start {job.name}, at most {most:.1f} of {left():.1f} minutes: "
+                      f"{job.measures}", flush=True)  # fmt: skip
+            # what ends a process takes a while, too
+            about = run(job, max(60 * most - GRACE, 1.0), results, described, False, lock, halt)
+            print(ending(about, results), flush=True)
+            ended.append(about)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(beside) as pool:
+        lock = Path(folder, "lock") if beside > 1 else None
+        workers = [pool.submit(work, lock) for _ in range(beside)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            halt.set()
+    print(f"{len(waiting)} jobs wait, none of which fits into {left():.1f} minutes"
           if waiting else "no job waits", flush=True)  # fmt: skip
+    return ended
 
 
 def smoke(jobs: Sequence[Job], results: Path) -> list[dict[str, Any]]:
@@ -293,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--minutes", type=float, help="runs what fits into so many")
     what.add_argument("--smoke", action="store_true", help="every job at toy size on the CPU")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these jobs, measured or not")
+    parser.add_argument("--beside", type=int, default=1, help="jobs at once, of those that measure")
     parser.add_argument("--out", type=Path, help="folder of the records")
     args = parser.parse_args(argv)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -302,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only {' '.join(unknown)}: no such job; --list shows them")
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         parser.error(f"--minutes {args.minutes:g}: expected a number above 0")
+    if args.beside < 1:
+        parser.error(f"--beside {args.beside}: expected 1 or more")
     if args.smoke:
         out = (args.out or Path(tempfile.mkdtemp(prefix="accelerator_"))).resolve()
         if out.is_relative_to(RESULTS.parent):
@@ -330,7 +374,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             waiting.remove(job)
             print(f"skip {job.name}: needs the extra {job.extra}, {', '.join(missing)} not "
                   "installed", flush=True)  # fmt: skip
-    ended = list(queue(waiting, args.minutes, out, described))
+        elif args.beside > 1 and job.script.startswith("experiments/"):
+            waiting.remove(job)
+            print(f"skip {job.name}: learns, which needs the device for itself", flush=True)
+    ended = queue(waiting, args.minutes, out, described, args.beside)
     failed = [about["name"] for about in ended if about["state"] == "failed"]
     print(f"{len(ended)} ran, {len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}")
     return int(bool(failed))

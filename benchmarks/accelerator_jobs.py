@@ -133,14 +133,28 @@ def learning(name: str, measures: str, options: str, minutes: float) -> Job:
     )  # fmt: skip
 
 
-def dreamer(size: str, kind: str, minutes: float) -> Job:
-    """A size of bench_dreamer.py; the whole loop too where it sees a vector."""
-    loops = " --loops" if kind == "vector" and size != "200m" else ""
+def dreamer(name: str, measures: str, options: str, minutes: float) -> Job:
+    """A part of bench_dreamer.py."""
     return Job(
-        f"dreamer_{size}_{kind}",
-        f"Dreamer {size}, {kind}: an update, its parts, 1 and 8 seeds" + ", the loop" * bool(loops),
-        "benchmarks/bench_dreamer.py", f"--sizes {size} --kinds {kind} --seeds 1 8{loops}",
+        f"dreamer_{name}", f"Dreamer {measures}", "benchmarks/bench_dreamer.py", options,
         "--quick --repeats 1 --loops", minutes, DREAMER, least=1.5,
+    )  # fmt: skip
+
+
+def dreamer_learning(name: str, measures: str, options: str, minutes: float) -> Job:
+    """Runs of dreamer_sweep.py, as far as the minutes carry."""
+    return Job(
+        f"dreamer_{name}", f"Dreamer {measures}", "experiments/dreamer_sweep.py",
+        f"{options} --seconds {{seconds}}",
+        "--env Catch-bsuite --quick --seeds 2 --total-steps 60 --eval-every 20 --eval-episodes 2",
+        minutes, DREAMER, least=4.0,
+    )  # fmt: skip
+
+
+def dreamer_update(size: str, kind: str, seeds: int, minutes: float = 3.0) -> Job:
+    return dreamer(
+        f"{size}_{kind}_{seeds}", f"{size}, {kind}: an update of {seeds} seed{'s'[: seeds - 1]}",
+        f"--sizes {size} --kinds {kind} --seeds {seeds} --parts update", minutes,
     )  # fmt: skip
 
 
@@ -162,8 +176,24 @@ JOBS: tuple[Job, ...] = (
          "--sizes Pendulum --seeds 1 16 256 --repeats 3", 4.0),
     *(model_free(agent, seeds, cells) for seeds in (1, 16, 256)
       for agent, cells in (("sac", 2), ("dqn", 3), ("ppo", 3))),
-    dreamer("1m", "vector", 4.0), dreamer("12m", "vector", 4.0), dreamer("1m", "image", 4.0),
-    dreamer("50m", "vector", 5.0), dreamer("200m", "vector", 6.0), dreamer("12m", "image", 5.0),
+    *(dreamer_update(size, "vector", seeds) for size in ("1m", "12m", "200m") for seeds in (1, 8)),
+    dreamer("parts", "1m, vector: the parts of an update", "--sizes 1m --kinds vector --seeds 1",
+            5.0),
+    dreamer("loop", "1m: the whole loop, 1 and 8 seeds",
+            "--sizes 1m --kinds vector --seeds 1 8 --parts optimiser --loops", 4.0),
+    dreamer_learning(
+        "memory", "nano, MemoryChain of length 10, fewer free nats: returns to 60k steps",
+        "--env MemoryChain-bsuite --memory-length 10 --total-steps 60000 --eval-every 3000 "
+        "--seeds 5 --grid free_nats=0.1 learning_rate=5e-4,1e-3", 25.0,
+    ),
+    *(dreamer_learning(
+        game.lower(), f"1m, {game} of MinAtar, 5 seeds: returns to a million steps",
+        f"--env {game}-MinAtar --total-steps 1000000 --eval-every 20000 --seeds 5 --size 1m "
+        "--dtype bfloat16 --num-envs 16 --train-ratio 64 --batch-length 64 --buffer-size 1000000",
+        40.0,
+    ) for game in ("Breakout", "SpaceInvaders", "Freeway", "Asterix", "Seaquest")),
+    dreamer_update("1m", "image", 1), dreamer_update("50m", "vector", 1),
+    dreamer_update("12m", "image", 1),
     mbpo("size", "the whole loop, HalfCheetah's size, 1 and 16 seeds",
          "--sizes HalfCheetah --seeds 1 16 --repeats 3", 4.0),
     *(learning(f"hopper_length_{n}", f"Hopper-v5, rollouts of {n}, 3 seeds: returns to 50k steps",
