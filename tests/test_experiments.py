@@ -277,6 +277,7 @@ def test_dreamer_foretells_what_it_has_seen_the_start_of(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_dreamer_sees_the_ball_fall(tmp_path):
     """A trained model foretells the board for eight steps from two observations.
 
