@@ -9,8 +9,8 @@
 The jobs are in accelerator_jobs.py. --minutes runs the most valuable ones that fit, one after
 another, each in a process of its own with a limit, at which it is killed with all its children; a
 job that fails or hangs stops nothing else. Most of a job's time is compilation: with --beside so
-many jobs compile side by side and measure in turn, a core for each is enough; runs that learn are
-left out then, since they hold the device. --smoke runs every job at toy size on the CPU.
+many jobs compile side by side and measure in turn; runs that learn are left out then, since they
+hold the device. --smoke runs every job at toy size on the CPU.
 
 Records lie in benchmarks/results/accelerator/: NAME.json of a job that ended well, and
 NAME.unfinished.json of one that was cut or failed, which is written while the job runs, so that a

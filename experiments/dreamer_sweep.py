@@ -75,6 +75,8 @@ def points(grid: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, floa
     values: dict[str, list[float]] = {}
     for text in grid:
         name, _, listed = text.partition("=")
+        if name in values:
+            raise mbrl_jax.InputError(f"--grid {text}: {name} is there twice; name it once")
         try:
             values[name] = [float(x) for x in listed.split(",")]
         except ValueError:

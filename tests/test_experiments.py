@@ -311,3 +311,5 @@ def test_a_sweep_writes_every_evaluation_of_every_point(tmp_path):
 def test_a_grid_that_cannot_be_read_is_named(text):
     with pytest.raises(mbrl_jax.InputError, match=f"--grid {text}: expected"):
         dreamer_sweep.points((text,), ("learning_rate", "entropy_scale"))
+    with pytest.raises(mbrl_jax.InputError, match="lam is there twice"):
+        dreamer_sweep.points(("lam=0.5", "lam=0.9"), ("lam",))
