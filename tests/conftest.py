@@ -1,7 +1,11 @@
 """Strictness for every test: 8 CPU devices and no silent rank promotion; the suite's order."""
 
+import importlib
 import os
+import signal
+import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -64,3 +68,20 @@ def optimised(monkeypatch):
 def no_curves(monkeypatch):
     """Run folders without `curve.png`, which takes longer than a short run."""
     monkeypatch.setattr("mbrl_jax.runtime.logs.draw_curve", lambda out, label: None)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The module; its `common` is another than that of experiments/."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    other = sys.modules.pop("common", None)
+    module = importlib.import_module("accelerator")
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield module
+    for number, handler in handlers.items():  # `main` sets its own
+        signal.signal(number, handler)
+    sys.modules.pop("common", None)
+    if other is not None:
+        sys.modules["common"] = other
