@@ -30,7 +30,7 @@ def test_every_environment_runs_and_keeps_its_spec(id):
 
     def one(batch, key):
         act, step_key = jax.random.split(key)
-        action = jax.vmap(env.spec.random_action)(jax.random.split(act, num_envs))
+        action = env.spec.random_actions(act, batch.obs)
         return step_batch(env, step_key, batch, action)
 
     batch, _ = batches(env, num_envs)
@@ -42,8 +42,9 @@ def test_every_environment_runs_and_keeps_its_spec(id):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     steps = jax.tree.map(lambda *x: np.stack(x), *steps)
     spec = env.spec
-    assert steps.obs.shape == (12, num_envs, *spec.obs_shape)
-    assert steps.obs.dtype == steps.next_obs.dtype == spec.obs_dtype
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), spec.example_obs(12, num_envs))
+    for obs in (steps.obs, steps.next_obs):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), obs) == expected
     assert steps.reward.dtype == np.float32
     assert steps.terminated.dtype == steps.truncated.dtype == steps.is_first.dtype == bool
     assert not (steps.terminated & steps.truncated).any()
@@ -57,7 +58,11 @@ def test_every_environment_runs_and_keeps_its_spec(id):
     # an observation follows the successor unless the episode ended, and then a first one
     ended = (steps.terminated | steps.truncated)[:-1]
     np.testing.assert_array_equal(steps.is_first[1:], ended)
-    np.testing.assert_array_equal(steps.obs[1:][~ended], steps.next_obs[:-1][~ended])
+    jax.tree.map(
+        lambda obs, next_obs: np.testing.assert_array_equal(obs[1:][~ended], next_obs[:-1][~ended]),
+        steps.obs,
+        steps.next_obs,
+    )
     assert run._cache_size() == 1, "the state's types changed between steps"
 
 

@@ -27,5 +27,5 @@ __all__ = [
 ]
 
 __getattr__, __dir__ = lazy.attach(
-    __name__, ("bases", "classic", "craftax", "functions", "locomotion", "sutton")
+    __name__, ("bases", "boards", "classic", "craftax", "functions", "locomotion", "sutton")
 )

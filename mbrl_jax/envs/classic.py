@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl_jax.envs.bases import CartPole, ContinuousMountainCar, gymnax, spaces
+from mbrl_jax.envs.boards import ConnectFour, Go9x9, Othello, TicTacToe
 from mbrl_jax.envs.craftax import PIXELS, SYMBOLIC, CraftaxPixels, CraftaxSymbolic
 from mbrl_jax.envs.locomotion import HalfCheetah, Hopper, InvertedPendulum, Walker2d
 from mbrl_jax.envs.sutton import BlockingMaze, DynaMaze, ShortcutMaze
@@ -81,6 +82,10 @@ OURS = {
     "InvertedPendulum-v5": InvertedPendulum,
     SYMBOLIC: CraftaxSymbolic,
     PIXELS: CraftaxPixels,
+    "TicTacToe-pgx": TicTacToe,
+    "ConnectFour-pgx": ConnectFour,
+    "Othello-pgx": Othello,
+    "Go9x9-pgx": Go9x9,
 }
 
 

@@ -176,14 +176,14 @@ def step_batch(
     if batch.ended is None:
         never = jnp.zeros(num_envs, bool)
         step = Step(batch.obs, action, after.reward, after.obs, *after[2:], batch.is_first, never)
-        next_obs = _select(done, fresh_obs, after.obs)
-        state = _select(done, fresh_state, state)
+        next_obs = select(done, fresh_obs, after.obs)
+        state = select(done, fresh_state, state)
         return BatchState(state, next_obs, done, None, batch.pool), step
     ended = batch.ended
-    next_obs = _select(ended, fresh_obs, after.obs)
+    next_obs = select(ended, fresh_obs, after.obs)
     step = Step(
         obs=batch.obs,
-        action=_select(ended, jnp.zeros_like(action), action),
+        action=select(ended, jnp.zeros_like(action), action),
         reward=jnp.where(ended, 0.0, after.reward),
         next_obs=next_obs,
         terminated=after.terminated & ~ended,
@@ -191,7 +191,7 @@ def step_batch(
         is_first=batch.is_first,
         is_last=ended,
     )
-    state = _select(ended, jax.vmap(env.carry_over)(batch.env, fresh_state), state)
+    state = select(ended, jax.vmap(env.carry_over)(batch.env, fresh_state), state)
     return BatchState(state, next_obs, ended, done & ~ended, batch.pool), step
 
 
@@ -225,7 +225,9 @@ def _fill_where(
     return jax.lax.while_loop(lambda carry: carry[0] < wanted, turn, (jnp.int32(0), rows))[1]
 
 
-def _select(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+def select(mask: jax.Array, yes: PyTree, no: PyTree) -> PyTree:
+    """The rows of `yes` [N, ...] where `mask` [N] holds, those of `no` elsewhere."""
+
     def leaf(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - 1)), a, b)
 

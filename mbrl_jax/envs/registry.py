@@ -25,13 +25,15 @@ _NEEDS_DOWNLOAD = ("MNISTBandit-bsuite",)
 def list_envs() -> list[str]:
     """The ids that `make_env` knows."""
     gymnax = _gymnax()
-    from mbrl_jax.envs import craftax, locomotion
+    from mbrl_jax.envs import boards, craftax, locomotion
 
     left_out = set(_NEEDS_DOWNLOAD)
     if not locomotion.available():
         left_out.update(locomotion.ROBOTS)
     if not craftax.available():
         left_out.update(craftax.ENVS)
+    if not boards.available():
+        left_out.update(boards.GAMES)
     return sorted(env for env in gymnax.registered_envs if env not in left_out)
 
 
@@ -116,6 +118,11 @@ def _wrap(id: str, base: Any, params: Any, rescale: bool, cached_resets: int) ->
             f"{id}: observations are a {type(first).__name__} in a {type(obs_space).__name__} "
             "space: expected one array, or a flat dict of arrays in a Dict space; wrap the "
             "environment so that it gives one of these"
+        )
+    if num_players > 1 and "to_play" not in dict(spec.obs_parts):
+        raise InputError(
+            f"{id}: {num_players} players: expected a dict of observations with to_play, the "
+            "number of the player to move"
         )
     if isinstance(action_space, spaces.Discrete):
         spec = dataclasses.replace(spec, num_actions=int(action_space.n))
@@ -252,12 +259,14 @@ def _freeze(value: Any) -> Any:
 
 def _factory(id: str) -> Any:
     gymnax = _gymnax()
-    from mbrl_jax.envs import craftax, locomotion
+    from mbrl_jax.envs import boards, craftax, locomotion
 
     if id in locomotion.ROBOTS:
         locomotion.require()
     if id in craftax.ENVS:
         craftax.require()
+    if id in boards.GAMES:
+        boards.require()
     if id not in list_envs():
         raise unknown("environment", id, list_envs())
     from mbrl_jax.envs.classic import MountainCarContinuous

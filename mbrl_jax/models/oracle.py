@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.envs.env import Env
+from mbrl_jax.envs.env import Env, select
 from mbrl_jax.envs.functions import STATES
 from mbrl_jax.models.dynamics import DynamicsModel, Prediction
 from mbrl_jax.models.latent import LatentModel
-from mbrl_jax.types import InputError, PyTree
+from mbrl_jax.types import InputError, PyTree, num_rows
 from mbrl_jax.x64 import in_32_bits
 
 
@@ -49,11 +49,14 @@ def oracle(env: Env) -> DynamicsModel:
     return DynamicsModel(predict)
 
 
+MASKED = -1e9  # the logit of an illegal action, as a search expects it below the root
+
+
 class OracleLatent(NamedTuple):
     """States of B environments."""
 
     state: PyTree  # [B, ...] of gymnax
-    obs: jax.Array  # [B, *obs_shape]
+    obs: PyTree  # [B, *obs_shape], or a dict of such
     over: jax.Array  # [B] bool, the episode has ended
 
 
@@ -64,7 +67,7 @@ class OracleParams(NamedTuple):
 
 def latent_oracle(
     env: Env,
-    evaluate: Callable[[PyTree, jax.Array], tuple[jax.Array, jax.Array]],
+    evaluate: Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]],
     discount: float,
 ) -> LatentModel:
     """Any gymnax environment as a latent model, which makes a search AlphaZero's.
@@ -73,16 +76,27 @@ def latent_oracle(
     what `Env.reset` and `Env.step` give. A state that ends the episode is absorbing: it stays,
     earns nothing and is worth nothing. The time limit, which is none of the task, ends nothing.
 
+    Of two players what one wins the other loses: rewards are those of the player who moves, values
+    those of the player to move, and a discount is negative where `to_play` has changed. Logits are
+    `MASKED` where the observation's `action_mask` is false.
+
     Args:
-      env: discrete actions, or continuous ones for `sampled_policy`.
+      env: discrete actions, or continuous ones for `sampled_policy`; one or two players.
       evaluate: (params.evaluate, obs [B, *obs_shape]) -> policy logits [B, A], value [B].
       discount: of each step, [0, 1].
+
+    Raises:
+      InputError: more than two players.
     """
+    if env.spec.num_players > 2:
+        raise InputError(
+            f"{env.spec.id} has {env.spec.num_players} players: expected one or two for a search"
+        )
 
     @in_32_bits
     def represent(params: OracleParams, seen: tuple[PyTree, jax.Array]) -> OracleLatent:
         state, obs = seen
-        return OracleLatent(state, obs, jnp.zeros(obs.shape[0], bool))
+        return OracleLatent(state, obs, jnp.zeros(num_rows(obs), bool))
 
     @in_32_bits
     def transition(params: OracleParams, latent: OracleLatent, action: jax.Array, key: jax.Array):
@@ -92,11 +106,17 @@ def latent_oracle(
         before, live = latent, ~latent.over
         over = latent.over | step.terminated
         after = OracleLatent(state, step.obs, over)
-        after = jax.tree.map(
-            lambda new, old: jnp.where(live.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            after, before,
-        )  # fmt: skip
+        after = select(live, after, before)
         reward = jnp.where(live, step.reward, 0.0)
-        return after, reward, jnp.where(over, 0.0, jnp.float32(discount))
+        kept = jnp.float32(discount)
+        if env.spec.num_players == 2:
+            # not by the number of moves: a player may move twice
+            kept = jnp.where(after.obs["to_play"] == before.obs["to_play"], kept, -kept)
+        return after, reward, jnp.where(over, 0.0, kept)
 
-    return LatentModel(represent, transition, lambda p, latent: evaluate(p.evaluate, latent.obs))
+    def judged(params: OracleParams, latent: OracleLatent) -> tuple[jax.Array, jax.Array]:
+        logits, value = evaluate(params.evaluate, latent.obs)
+        legal = env.spec.legal(latent.obs)
+        return logits if legal is None else jnp.where(legal, logits, MASKED), value
+
+    return LatentModel(represent, transition, judged)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl_jax.runtime import devices, logs
+from mbrl_jax.runtime import devices, logs, matches
 from mbrl_jax.runtime.checkpoint import Checkpoints
 from mbrl_jax.runtime.loop import RunState, play_episodes
 from mbrl_jax.runtime.train import load_job
@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
 
     run: dict[str, Any]  # the `run` part of config.json
     env_steps: int  # of training behind the checkpoint
-    returns: np.ndarray  # [seeds, episodes] float32
+    returns: np.ndarray  # [seeds, episodes] float32, with two players results against uniform
     lengths: np.ndarray  # [seeds, episodes] int32
 
 
@@ -59,8 +59,9 @@ def evaluate_run(out: str | os.PathLike[str], episodes: int = 100, seed: int = 0
     def one(run: RunState, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         origin = jax.tree.map(lambda x: x[0], run.batch.env)
         limit = job.run["eval_max_steps"]
-        return play_episodes(job.agent, job.env, run.agent, key, t, episodes, limit, origin)
+        return play(job.agent, job.env, run.agent, key, t, episodes, limit, origin)
 
+    play = matches.play_uniform if job.env.spec.num_players > 1 else play_episodes
     plan = job.program.plan
     t = jnp.int32(plan.start + newest * plan.steps_per_period)
     keys = evaluation_keys(seed, job.run["seeds"])

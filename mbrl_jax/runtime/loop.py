@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mbrl_jax import loops, prng
 from mbrl_jax.agents import AGENTS, AgentDef, make_agent
 from mbrl_jax.envs.env import BatchState, Env, reset_batch, step_batch
-from mbrl_jax.runtime import devices
+from mbrl_jax.runtime import devices, matches
 from mbrl_jax.runtime.plan import Plan, check_counts, make_plan
 from mbrl_jax.types import (
     Agent,
@@ -86,7 +86,9 @@ def make_train(
         a whole number of updates.
       eval_every: environment steps of a period at most, rounded up to whole updates; the periods
         are of equal length. A twentieth of `total_steps` by default.
-      eval_episodes: greedy episodes after each period; 0 evaluates nothing.
+      eval_episodes: greedy episodes after each period; 0 evaluates nothing. In a world of two
+        players they are games against the uniform player (`runtime.matches`), half of which the
+        agent begins, and their returns are 1 for a win, 0 for a draw and -1 for a loss.
       eval_max_steps: ends an evaluation episode early; the environment's limit by default.
       evaluate: an evaluation of one's own after each period, compiled into the program, in place
         of greedy episodes: `(agent, state, key, t) -> metrics`, where `agent` is the `Agent`,
@@ -95,13 +97,13 @@ def make_train(
 
     Returns:
       `train`, whose history maps names to arrays [periods]: `env_steps` (int32, float32 for a run
-      beyond 2**31); of the evaluation `eval_return` and `eval_length` (means over its episodes), or
-      what `evaluate` gives; of training `train_return` and
-      `train_length` (means over the episodes that ended in the period, NaN without one),
-      `train_episodes` (their number), `train_reward` (the sum of all rewards), `nonfinite_steps`
-      (steps whose reward or observation is NaN or infinite), `actions_outside` (actions beyond
-      the bounds, which the environment clips); and the means of the agent's own metrics over the
-      period's updates. `state` is the agent's.
+      beyond 2**31); of the evaluation `eval_return` and `eval_length` (means over its episodes),
+      with two players `win_rate` and `loss_rate` too, or what `evaluate` gives; of training
+      `train_return` and `train_length` (means over the episodes that ended in the period, NaN
+      without one), `train_episodes` (their number), `train_reward` (the sum of all rewards),
+      `nonfinite_steps` (steps whose reward or observation is NaN or infinite), `actions_outside`
+      (actions beyond the bounds, which the environment clips); and the means of the agent's own
+      metrics over the period's updates. `state` is the agent's.
 
     Raises:
       InputError: for an unknown agent, one that cannot act in `env`, or counts that are not
@@ -120,9 +122,10 @@ def make_train(
             definition, env, config, total_steps, eval_every, eval_episodes, eval_max_steps,
             evaluate,
         )  # fmt: skip
-        devices.check_memory(jax.eval_shape(init, key, config), 1)
         # XLA would fold the default's numbers into the program, whose bits are then others
         config = _apart(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), config))
+        init = jax.jit(init, inline=True)  # traced once for its shapes and for the run
+        devices.check_memory(jax.eval_shape(init, key, config), 1)
         run = _apart(devices.with_seed_axis(init(key, config)))
 
         def one(run: RunState, index: jax.Array) -> tuple[RunState, Metrics]:
@@ -199,14 +202,16 @@ def make_program(
             history = {**evaluate(agent, run.agent, key, t), **history}
         elif eval_episodes > 0:
             origin = jax.tree.map(lambda x: x[0], run.batch.env)
-            returns, lengths = play_episodes(
-                agent, env, run.agent, key, t, eval_episodes, eval_max_steps, origin
-            )
-            history = {
-                "eval_return": jnp.mean(returns),
-                "eval_length": jnp.mean(lengths.astype(jnp.float32)),
-                **history,
-            }
+            played = agent, env, run.agent, key, t, eval_episodes, eval_max_steps, origin
+            if env.spec.num_players > 1:
+                evaluated = matches.metrics(matches.play_uniform(*played))
+            else:
+                returns, lengths = play_episodes(*played)
+                evaluated = {
+                    "eval_return": jnp.mean(returns),
+                    "eval_length": jnp.mean(lengths.astype(jnp.float32)),
+                }
+            history = {**evaluated, **history}
         return run, {**history, **metrics}
 
     return Program(plan, init, period)
