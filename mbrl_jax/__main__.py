@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from mbrl_jax.runtime.console import guarded, parse, tell
-from mbrl_jax.types import InputError, unknown
+from mbrl_jax.types import RESERVED, InputError, unknown
 
 _USAGE = """usage: mbrl-jax COMMAND ...
 
@@ -319,6 +319,9 @@ def _list(args: list[str]) -> int:
             spec = make_env(name).spec
             actions = f"{spec.num_actions} actions" if spec.discrete else f"{spec.action_shape}"
             obs = f"{spec.num_obs} states" if spec.num_obs else f"{spec.obs_shape}"
+            if spec.obs_parts:
+                parts = [part.shape for name, part in spec.obs_parts if name not in RESERVED]
+                obs = " ".join(map(str, parts))
             print(f"{name:28}{obs:16}{actions:14}limit {spec.episode_limit}")
         return 0
     raise InputError(f"list {' '.join(args)!r}: expected `list agents` or `list envs`")

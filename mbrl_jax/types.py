@@ -20,6 +20,7 @@ import numpy as np
 T = TypeVar("T")
 PyTree = Any
 Scalar = float | jax.Array  # a float field of a config, traced or not
+StaticFloat = float | int  # a config field that is a number and static, since shapes follow from it
 Metrics = dict[str, jax.Array]
 Mode = Literal["random", "train", "eval"]
 RESERVED = ("action_mask", "to_play")  # names with a meaning of their own in a dict of observations
@@ -330,6 +331,9 @@ def _check_field(field: dataclasses.Field, hint: Any, value: Any) -> None:
             raise wrong("a number")
         if not np.all(np.isfinite(number)):
             raise wrong("a finite number")
+    elif hint == StaticFloat:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong("a number")
     elif hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong("a whole number")

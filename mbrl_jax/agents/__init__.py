@@ -75,6 +75,8 @@ _MODULES = {
     "pets": "pets",
     "mbpo": "mbpo",
     "dreamer": "dreamer",
+    "muzero": "muzero",
+    "muzero_plain": "muzero",
 }
 
 
@@ -99,7 +101,10 @@ class _Agents(Mapping[str, AgentDef]):
 
 AGENTS = _Agents()
 
-_PARTS = ("dreamer_config", "dreamer_losses", "dreamer_records", "mbpo_presets", "sac_learner")
+_PARTS = (
+    "dreamer_config", "dreamer_losses", "dreamer_records", "mbpo_presets", "muzero_config",
+    "muzero_losses", "muzero_presets", "muzero_search", "muzero_targets", "sac_learner",
+)  # fmt: skip
 __getattr__, __dir__ = lazy.attach(__name__, (*sorted(set(_MODULES.values())), *_PARTS))
 
 

@@ -386,12 +386,12 @@ def make_learner(config: LearnerConfig, spec: EnvSpec) -> Learner:
       InputError: discrete or unbounded actions, several players or an action mask, or a target
         subset larger than the ensemble.
     """
+    spec.check_usable("SAC", dicts=True)
     if spec.discrete:
         raise InputError(
             f"SAC needs continuous actions; {spec.id} has {spec.num_actions} discrete ones; "
             "take dqn or ppo"
         )
-    spec.check_usable("SAC", dicts=True)
     spec.check_bounded("SAC")
     if config.target_subset > config.num_critics:
         raise InputError(

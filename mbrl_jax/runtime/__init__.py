@@ -15,7 +15,10 @@ if TYPE_CHECKING:
         folder,
         logs,
         loop,
+        matches,
         plan,
+        players,
+        playouts,
         reuse,
         train,
     )
@@ -28,7 +31,10 @@ __all__ = [
     "folder",
     "logs",
     "loop",
+    "matches",
     "plan",
+    "players",
+    "playouts",
     "reuse",
     "train",
 ]

@@ -14,6 +14,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mbrl_jax import memory
 from mbrl_jax.types import InputError, PyTree
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ def _bytes(leaf: Any) -> int:
 
 def check_memory(state: PyTree, seeds: int) -> None:
     """Raises InputError where `seeds` states of one seed (shapes) cannot fit into memory."""
-    needed, free = seeds * state_bytes(state), _memory()
+    needed, free = seeds * state_bytes(state), memory.available()
     if free is None or needed <= free:
         return
     size, name = max(
@@ -199,17 +200,6 @@ def check_memory(state: PyTree, seeds: int) -> None:
         f"a seed), expected at most {free / 2**30:.1f} GiB, the memory there is; lower what fills "
         "it (such as buffer_size or num_envs), or take fewer seeds"
     )
-
-
-def _memory() -> int | None:
-    """Bytes that states may take in all; None where no one tells."""
-    if jax.default_backend() == "cpu":
-        if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-            return None
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    stats = jax.local_devices()[0].memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    return None if limit is None else limit * jax.device_count()
 
 
 def to_host(tree: PyTree) -> PyTree:

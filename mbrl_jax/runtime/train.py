@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -237,11 +238,13 @@ def _chunks(
     """Runs the periods from `first` on: (period, run after it, metrics [seeds])."""
     init, chunk = job.functions()
     config = traced(job.config)
+    told: set[str] = set()
     run = init(job.keys(), config) if run is None else run
     for period in range(first, job.program.plan.periods):
         run, metrics = chunk(run, config, jnp.int32(period))
         metrics = _means(devices.to_host(metrics))
         display.update(job.program.plan.env_steps(period), job.run["seeds"], metrics)
+        _warn_of_clipping(metrics, told)
         yield period, run, metrics
 
 
@@ -250,6 +253,29 @@ def _means(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     none = metrics["train_episodes"] == 0
     names = ("train_return", "train_length")
     return metrics | {name: np.where(none, np.float32(np.nan), metrics[name]) for name in names}
+
+
+def _warn_of_clipping(metrics: dict[str, np.ndarray], told: set[str]) -> None:
+    """Says once in a run that targets lie beyond the bins of a distribution, which clips them.
+
+    An agent with such bins gives `X_clipped`, the share of targets, and `X_largest`, the largest
+    magnitude in a batch, as metrics, which are means over updates.
+
+    Args:
+      metrics: [seeds] by name.
+      told: names that were told of; grows.
+    """
+    for name in metrics:
+        kind = name.removesuffix("_clipped")
+        if kind != name and kind not in told and np.any(metrics[name] > 0):
+            told.add(kind)
+            share, largest = np.max(metrics[name]), np.max(metrics[f"{kind}_largest"])
+            warnings.warn(
+                f"{share:.2%} of the {kind} targets lie beyond the agent's bins and are clipped; "
+                f"the largest of a batch is {largest:.6g} on average; widen reward_range or "
+                "value_limit",
+                stacklevel=2,
+            )
 
 
 def _run_in_memory(job: Job, progress: bool) -> Result:
