@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"dev": ("mctx",), "envs": ("mujoco", "mujoco.mjx", "gymnasium")}
+EXTRAS = {"dev": ("mctx",), "envs": ("mujoco", "mujoco.mjx", "gymnasium", "pgx")}
 """The modules that an extra brings, where a job needs it."""
 
 LOOP = (
@@ -31,6 +31,12 @@ DREAMER = (
     "mbrl_jax/agents/dreamer.py", "mbrl_jax/agents/dreamer_config.py",
     "mbrl_jax/agents/dreamer_losses.py", "mbrl_jax/agents/dreamer_records.py",
     "mbrl_jax/models", *LEARNERS,
+)  # fmt: skip
+MUZERO = (
+    "mbrl_jax/agents/muzero.py", "mbrl_jax/agents/muzero_config.py",
+    "mbrl_jax/agents/muzero_losses.py", "mbrl_jax/agents/muzero_presets.py",
+    "mbrl_jax/agents/muzero_search.py", "mbrl_jax/agents/muzero_targets.py",
+    "mbrl_jax/models", "mbrl_jax/search", *LEARNERS,
 )  # fmt: skip
 ROBOTS = (*MBPO, "mbrl_jax/envs/locomotion.py")
 
@@ -158,6 +164,41 @@ def dreamer_update(size: str, kind: str, seeds: int, minutes: float = 3.0) -> Jo
     )  # fmt: skip
 
 
+def muzero(name: str, measures: str, options: str, minutes: float) -> Job:
+    """Cells of bench_muzero.py."""
+    return Job(
+        f"muzero_{name}", f"MuZero {measures}", "benchmarks/bench_muzero.py",
+        f"{options} --repeats 3", "--quick --repeats 1 --searches gumbel --reanalyse 1 --seeds 1",
+        minutes, MUZERO, least=2.0, extra="dev",
+    )  # fmt: skip
+
+
+def muzero_game(game: str) -> Job:
+    """MuZero on a game of MinAtar, as far as the minutes carry; its toy is Catch."""
+    return Job(
+        f"muzero_{game.lower()}", f"MuZero, {game} of MinAtar, 5 seeds: returns to 2M steps",
+        "experiments/muzero_minatar.py",
+        f"--env {game}-MinAtar --total-steps 2000000 --seeds 5 "
+        "--seconds {seconds} --run {run}",
+        "--env Catch-bsuite --quick --seeds 2 --total-steps 128 --eval-every 32 "
+        "--eval-episodes 1 --run {run}",
+        60.0, MUZERO, least=4.0,
+    )  # fmt: skip
+
+
+def muzero_board(game: str, minutes: float) -> Job:
+    """MuZero on a board game, as far as the minutes carry."""
+    return Job(
+        f"muzero_{game.lower()}", f"MuZero, {game} by self-play: matches",
+        "experiments/muzero_boards.py",
+        f"--env {game}-pgx --seconds {{seconds}} --run {{run}}",
+        "--env TicTacToe-pgx --quick --total-steps 132 --eval-every 66 --run {run}",
+        minutes, (*MUZERO, "mbrl_jax/envs/boards.py", "mbrl_jax/runtime/matches.py",
+                  "mbrl_jax/runtime/players.py", "mbrl_jax/runtime/playouts.py"),
+        least=4.0, extra="envs",
+    )  # fmt: skip
+
+
 POLICIES, FUNCTIONS = ("gumbel_muzero_policy", "muzero_policy"), ("trivial", "mlp", "residual")
 JOBS: tuple[Job, ...] = (
     search("puct_residual_1024", "PUCT, residual, 1024 roots: 9 cells, 7 of them never measured",
@@ -192,6 +233,14 @@ JOBS: tuple[Job, ...] = (
         "--dtype bfloat16 --num-envs 16 --train-ratio 64 --batch-length 64 --buffer-size 1000000",
         40.0,
     ) for game in ("Breakout", "SpaceInvaders", "Freeway", "Asterix", "Seaquest")),
+    *(muzero(f"{search}_{seeds}", f"{search}, the whole loop of {seeds} seed{'s'[: seeds - 1]} "
+             "beside mctx: 2 cells", f"--searches {search} --seeds {seeds}", 4.0)
+      for seeds in (1, 16) for search in ("gumbel", "puct")),
+    muzero("grid", "on Breakout of MinAtar, gumbel, the whole loop beside mctx: 2 cells",
+           "--env Breakout-MinAtar --searches gumbel --seeds 1", 5.0),
+    *(muzero_game(game)
+      for game in ("Breakout", "SpaceInvaders", "Freeway", "Asterix", "Seaquest")),
+    muzero_board("ConnectFour", 60.0), muzero_board("TicTacToe", 20.0),
     dreamer_update("1m", "image", 1), dreamer_update("50m", "vector", 1),
     dreamer_update("12m", "image", 1),
     mbpo("size", "the whole loop, HalfCheetah's size, 1 and 16 seeds",

@@ -38,6 +38,7 @@ CASES = {
     "pets": Case("Pendulum-v1", 100),
     "mbpo": Case("Pendulum-v1", 100),
     "dreamer": Case("CartPole-v1", 2),  # of the published size 1m, 16 windows of 64 records
+    "muzero": Case("CartPole-v1", 2),  # each of them a step of all environments and 8 updates
 }
 
 

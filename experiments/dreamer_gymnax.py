@@ -12,24 +12,10 @@ its world model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
-
 import learning
 import tyro
-from learning import SMALL_DREAMER, Options, Run
-
-
-class World(NamedTuple):
-    """An environment with its budget."""
-
-    env: str
-    steps: int
-    target: float | None = None  # of Dreamer
-    continuous: bool = False
-    long: bool = False
-    env_args: Mapping[str, Any] = {}
-
+from learning import SMALL_DREAMER, Options
+from worlds import World, beside_peers
 
 WORLDS = (
     World("CartPole-v1", 40_000, 450),
@@ -62,19 +48,7 @@ WORLDS = (
     World("Seaquest-MinAtar", 1_000_000, long=True),
 )
 
-
-def rows() -> Iterator[Run]:
-    """Dreamer and its peers, world by world."""
-    for world in WORLDS:
-        every = world.steps // 20
-        shared = {"long": world.long, "env_args": world.env_args}
-        yield Run("dreamer", world.env, world.steps, world.target, every, 10,
-                  overrides=SMALL_DREAMER, title="dreamer", **shared)  # fmt: skip
-        for peer in ("ppo", "sac" if world.continuous else "dqn"):
-            yield Run(peer, world.env, world.steps, None, every, 10, **shared)
-
-
-RUNS = tuple(rows())
+RUNS = tuple(beside_peers("dreamer", (world._replace(overrides=SMALL_DREAMER) for world in WORLDS)))
 
 if __name__ == "__main__":
     learning.main(

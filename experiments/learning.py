@@ -128,6 +128,22 @@ QUICK: dict[str, dict[str, Any]] = {  # of a run that only shows that everything
         "start_windows": 4,
         "buffer_size": 1_000,
     },
+    "muzero": {
+        "width": 8,
+        "blocks": 0,
+        "hidden": (8,),
+        "bins": 11,
+        "num_simulations": 2,
+        "num_candidates": 4,
+        "wide_candidates": 2,
+        "num_envs": 2,
+        "warmup_steps": 64,
+        "buffer_size": 1_000,
+        "updates": 1,
+        "batch_size": 4,
+        "unroll": 2,
+        "n_step": 3,
+    },
 }
 
 

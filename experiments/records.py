@@ -1,8 +1,8 @@
 """Long runs whose record is written as it comes, and which a time or a signal may stop.
 
-What `mbpo_locomotion.py` and `dreamer_craftax.py` share. After every evaluation the record holds
-the whole curve so far, with what made it; a run that was stopped is saved, and the same command
-goes on from there.
+What `mbpo_locomotion.py`, `dreamer_craftax.py`, `muzero_minatar.py` and `muzero_boards.py` share.
+After every evaluation the record holds the whole curve so far, with what made it; a run that was
+stopped is saved, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import mbrl_jax
 from mbrl_jax.analysis.runs import read_run
 from mbrl_jax.envs import Env
 from mbrl_jax.runtime.logs import config_fields, describe_machine, write_whole
+from mbrl_jax.runtime.loop import Evaluate
 from mbrl_jax.runtime.train import Stopped
 
 
@@ -78,6 +79,7 @@ def train_recorded(
     fixed: dict[str, Any],
     seconds: float | None,
     names: Collection[str] = ("eval_return",),
+    evaluate: Evaluate | None = None,
 ) -> int:
     """Trains, or goes on; -> 0, or 128 + the number of the signal that stopped it.
 
@@ -91,6 +93,7 @@ def train_recorded(
       fixed: what else the record holds, beside the machine, settings and curve.
       seconds: the run is saved and stopped at the first evaluation after so many; None never.
       names: the metrics of the record's rows.
+      evaluate: as in `mbrl_jax.train`.
     """
     env_id = env if isinstance(env, str) else env.spec.id
     config = mbrl_jax.AGENTS[agent].config_for(env_id, **overrides)
@@ -115,7 +118,7 @@ def train_recorded(
         mbrl_jax.train(
             agent, env, out=folder, resume=(folder / "config.json").exists(), progress=True,
             # replays, and the imagined data of all seeds, make a checkpoint large
-            checkpoint_every=arguments["total_steps"], **arguments, **overrides,
+            checkpoint_every=arguments["total_steps"], evaluate=evaluate, **arguments, **overrides,
         )  # fmt: skip
     except Stopped as stopped:
         print(stopped)

@@ -246,6 +246,68 @@ def test_bench_search_writes_a_row_for_every_cell(tmp_path):
     assert all(row["ratio"] > 0 and row["same_visits"] == 1 for row in rows)
 
 
+@pytest.mark.slow
+def test_bench_muzero_writes_a_row_for_every_cell_and_its_parts(tmp_path, benchmark):
+    script = [sys.executable, str(BENCHMARKS / "bench_muzero.py"), "--quick", "--repeats", "1"]
+    grid = ["--searches", "gumbel", "puct", "--reanalyse", "1", "--seeds", "1", "2"]
+    done = subprocess.run(
+        [*script, *grid, "--out", str(tmp_path)], capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "bench_muzero.json").read_text())
+    assert [(row["search"], row["seeds"]) for row in record["rows"]] == [
+        ("gumbel", 1), ("gumbel", 2), ("puct", 1), ("puct", 2),
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert row["ratio"] > 0
+        # two rounds of a step of two environments and an update of 4 sequences of 3 states
+        assert [row[name] for name in ("env_steps", "updates", "searches")] == [4, 2, 4 + 2 * 12]
+        assert row["searches_per_s"] == pytest.approx(7 * row["env_steps_per_s"])
+    parts = benchmark("bench_muzero").PARTS
+    assert [row["search"] for row in record["parts"]] == ["gumbel", "puct"]
+    for row in record["parts"]:
+        assert list(row["ms"]) == [*parts, "rest"]
+        assert sum(row["share"].values()) == pytest.approx(1.0)
+        assert all(row["ms"][name] > 0 for name in parts)
+
+
+@pytest.mark.parametrize("name", ["gumbel", "puct"])
+def test_muzero_acts_alike_with_the_searches_of_mctx(benchmark, monkeypatch, name):
+    """In the place of ours while something is traced inside, and no longer."""
+    import mctx
+
+    bench = benchmark("bench_muzero")
+    env, called = make_env("CartPole-v1"), []
+    policy = {"gumbel": "gumbel_muzero_policy", "puct": "muzero_policy"}[name]
+    original = getattr(mctx, policy)
+    monkeypatch.setattr(mctx, policy, lambda *x, **y: called.append(name) or original(*x, **y))
+    cfg = AGENTS["muzero"].config_for(
+        env.spec, **bench.TINY, search=name, num_simulations=6, batch_size=4
+    )
+    agent = bench.muzero.make(cfg, env.spec)
+    state = agent.init(jax.random.key(0))
+    obs = jax.random.normal(jax.random.key(1), (2, 4))
+
+    def act():
+        def run(key):
+            return agent.act(state, (), obs, np.zeros(2, bool), key, np.int32(0), "eval")
+
+        with jax.numpy_rank_promotion("allow"):  # mctx relies on it
+            action, _, advice = jax.jit(run)(jax.random.key(2))
+        return action, advice.weights, advice.value
+
+    before = act()
+    assert called == []
+    with bench.searched_by_mctx():
+        theirs = act()
+    assert called == [name]
+    for ours, other in zip(before, theirs, strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-5)
+    for ours, other in zip(before, act(), strict=True):
+        np.testing.assert_array_equal(ours, other)
+    assert called == [name]
+
+
 def run_bench_models(out, *options):
     script = [sys.executable, str(BENCHMARKS / "bench_models.py"), "--quick", "--repeats", "1"]
     done = subprocess.run(

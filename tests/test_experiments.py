@@ -22,6 +22,8 @@ import mbpo_ablation
 import model_based
 import model_error
 import model_free
+import muzero_ablation
+import muzero_gymnax
 import sample_efficiency
 from common import per_episode
 
@@ -166,9 +168,11 @@ def test_model_free_rows_merge_and_redraw(tmp_path):
 
 def test_model_free_runs_end_within_their_budgets():
     known = envs.list_envs()  # the robots need an extra
-    scripts = (model_free, model_based, sample_efficiency, mbpo_ablation)
+    scripts = (model_free, model_based, sample_efficiency, mbpo_ablation, muzero_ablation)
     everything = [run for script in scripts for run in script.RUNS if run.env in known]
-    for run in [*everything, *(run for run in dreamer_gymnax.RUNS if run.agent == "dreamer")]:
+    for script, agent in ((dreamer_gymnax, "dreamer"), (muzero_gymnax, "muzero")):
+        everything += [run for run in script.RUNS if run.agent == agent]
+    for run in everything:
         exact = learning.fitted(run, {})
         assert 0.97 * run.total_steps < exact.total_steps <= run.total_steps
         assert exact.eval_every <= 1.05 * run.eval_every
