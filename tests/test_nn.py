@@ -21,23 +21,33 @@ from mbrl_jax.types import ArraySpec, EnvSpec, InputError
 LOGITS = np.array([0.3, -1.0, -np.inf, 2.0, 0.0, -np.inf], np.float32)
 
 
+def draw(net, seed, x, *args):
+    """Variables of a network; one program, where each initialiser would be compiled by itself."""
+    return jax.jit(lambda key: net.init(key, x, *args))(jax.random.key(seed))
+
+
+def apply(net, variables, *args, **kwargs):
+    """`net.apply` as one program."""
+    return jax.jit(lambda variables: net.apply(variables, *args, **kwargs))(variables)
+
+
 def dense(params, x, number=0):
     layer = params["params"][f"Dense_{number}"]
     return x @ np.float64(layer["kernel"]) + np.float64(layer["bias"])
 
 
 def test_mlp_has_its_layers_and_a_head_only_where_asked():
-    x = jnp.linspace(-1.0, 1.0, 30).reshape(2, 5, 3)
+    x = np.linspace(-1.0, 1.0, 30, dtype=np.float32).reshape(2, 5, 3)
     net = MLP((7, 4), 2, "tanh")
-    params = net.init(jax.random.key(0), x)
+    params = draw(net, 0, x)
     shapes = jax.tree.map(jnp.shape, params)["params"]
     assert [shapes[f"Dense_{i}"]["kernel"] for i in range(3)] == [(3, 7), (7, 4), (4, 2)]
     expected = np.float64(x)
     for number in range(2):
         expected = np.tanh(dense(params, expected, number))
-    bare = MLP((7, 4), None, "tanh").apply(params, x)
+    bare = apply(MLP((7, 4), None, "tanh"), params, x)
     np.testing.assert_allclose(bare, expected, rtol=1e-5, atol=1e-6)
-    out, expected = net.apply(params, x), dense(params, expected, 2)
+    out, expected = apply(net, params, x), dense(params, expected, 2)
     assert (out.shape, out.dtype) == ((2, 5, 2), jnp.float32)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -51,10 +61,11 @@ def test_activations_are_what_they_are_called():
         "elu": np.where(x > 0, x, np.expm1(x)),
         "gelu": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     }
-    one = {"params": {"Dense_0": {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}}}
+    one = {"params": {"Dense_0": {"kernel": np.ones((1, 1)), "bias": np.zeros(1)}}}
+    one, rows = jax.tree.map(np.float32, one), np.float32(x)[:, None]
+    got = jax.jit(lambda: {name: MLP((1,), None, name).apply(one, rows) for name in expected})()
     for name, values in expected.items():
-        got = MLP((1,), None, name).apply(one, jnp.float32(x)[:, None])[:, 0]
-        np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(got[name][:, 0], values, rtol=1e-5, atol=1e-6, err_msg=name)
     with pytest.raises(InputError, match="unknown activation 'rely'; did you mean 'relu'"):
         MLP((1,), None, "rely").init(jax.random.key(0), jnp.ones((1, 1)))
 
@@ -62,7 +73,7 @@ def test_activations_are_what_they_are_called():
 @pytest.mark.parametrize("name", ["orthogonal", "lecun", "truncated_normal"])
 def test_initial_weights(name):
     net = MLP((400,), 50, "relu", name, 2.0, 0.1)
-    params = net.init(jax.random.key(0), jnp.zeros((1, 100)))["params"]
+    params = draw(net, 0, jnp.zeros((1, 100)))["params"]
     for layer, scale, (fan_in, fan_out) in (
         (params["Dense_0"], 2.0, (100, 400)),
         (params["Dense_1"], 0.1, (400, 50)),
@@ -82,12 +93,12 @@ def test_initial_weights(name):
 
 
 def test_layer_norm_stands_before_the_activation():
-    x = jax.random.normal(jax.random.key(1), (6, 3))
+    x = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
     net = MLP((5,), None, layer_norm=True)
-    params = net.init(jax.random.key(0), x)
+    params = draw(net, 0, x)
     z = dense(params, np.float64(x))
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(net.apply(params, x), np.maximum(z, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply(net, params, x), np.maximum(z, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_keeps_the_mean_and_its_rate_is_traced():
@@ -97,14 +108,14 @@ def test_dropout_keeps_the_mean_and_its_rate_is_traced():
     traces = []
 
     @jax.jit
-    def apply(rate, key):
+    def dropped(rate, key):
         traces.append(1)
         x = jnp.zeros((1, 1))
         return net.apply({"params": {"Dense_0": layer}}, x, rate, rngs={"dropout": key})[0]
 
-    np.testing.assert_array_equal(apply(0.0, jax.random.key(0)), np.ones(width))
+    np.testing.assert_array_equal(dropped(0.0, jax.random.key(0)), np.ones(width))
     for seed, rate in enumerate((0.1, 0.5, 0.9), start=1):
-        out = np.asarray(apply(rate, jax.random.key(seed)))
+        out = np.asarray(dropped(rate, jax.random.key(seed)))
         np.testing.assert_allclose(np.unique(out), [0.0, 1 / (1 - rate)], rtol=1e-6)
         assert stats.binomtest(int((out == 0).sum()), width, rate).pvalue > 1e-4
     assert len(traces) == 1
@@ -113,11 +124,11 @@ def test_dropout_keeps_the_mean_and_its_rate_is_traced():
 def test_dropout_comes_before_layer_norm():
     """The zeros of dropout take part in the normalisation, as DroQ has it."""
     net = MLP((6,), None, dropout=True, layer_norm=True)
-    bias = jnp.arange(5.0, 11.0)
+    bias = np.arange(5.0, 11.0, dtype=np.float32)
     norm = {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
     params = {"Dense_0": {"kernel": jnp.zeros((2, 6)), "bias": bias}, "LayerNorm_0": norm}
     rngs = {"dropout": jax.random.key(2)}
-    got = np.asarray(net.apply({"params": params}, jnp.ones((1, 2)), 0.5, rngs=rngs))
+    got = np.asarray(apply(net, {"params": params}, jnp.ones((1, 2)), 0.5, rngs=rngs))
     kept = np.array(list(itertools.product((0.0, 2.0), repeat=6)))[1:-1]
     z = np.float64(bias) * kept
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
@@ -149,7 +160,7 @@ class SlowRenorm:
 def test_batch_renorm_equals_a_slow_one():
     net = BatchRenorm(momentum=0.9, warmup=3)
     slow, rng = SlowRenorm(4, 0.9, 3), np.random.default_rng(0)
-    variables = net.init(jax.random.key(0), jnp.ones((8, 4)), True)
+    variables = draw(net, 0, jnp.ones((8, 4)), True)
     assert not variables["batch_stats"]["steps"], "the initialisation moves no statistics"
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(4))
     scale, bias = np.array([1.0, 2.0, -1.0, 0.5]), np.array([0.0, 1.0, 2.0, 3.0])
@@ -179,7 +190,7 @@ def test_batch_renorm_equals_a_slow_one():
         assert moving["steps"] == step + 1
     assert clipped == {3, 1 / 3, 5, -5}
     x = np.float32(rng.normal(size=(3, 4)))
-    out = net.apply({"params": params, "batch_stats": moving}, x, False)
+    out = apply(net, {"params": params, "batch_stats": moving}, x, False)
     expected = (x - slow.mean) / np.sqrt(slow.var + 1e-3) * scale + bias
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
@@ -202,19 +213,19 @@ def test_the_corrections_of_batch_renorm_are_constants_to_the_gradient():
     def slow_loss(x):
         return np.sum(((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) * r + d) * weight)
 
-    grad = jax.grad(loss)(jnp.float32(x))
+    grad = jax.jit(jax.grad(loss))(np.float32(x))
     np.testing.assert_allclose(grad.ravel(), slopes(slow_loss, x), rtol=1e-3, atol=1e-4)
 
 
 def test_conv3x3_is_a_convolution_without_padding():
-    x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
+    x = np.random.default_rng(0).normal(size=(2, 7, 6, 3)).astype(np.float32)
     net = Conv3x3(5)
-    params = net.init(jax.random.key(1), x)
-    kernel = params["params"]["Dense_0"]["kernel"].reshape(3, 3, 3, 5)
+    params = draw(net, 1, x)
+    kernel = np.reshape(params["params"]["Dense_0"]["kernel"], (3, 3, 3, 5))
     expected = jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(net.apply(params, x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply(net, params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def observed(shape, num_obs=None):
@@ -223,17 +234,20 @@ def observed(shape, num_obs=None):
 
 def test_torso_takes_every_kind_of_observation():
     def features(net, obs):
-        return np.asarray(net.apply(net.init(jax.random.key(0), obs), obs))
+        def of(key):
+            return net.apply(net.init(key, obs), obs)
 
-    one_hot = features(Torso(observed((), 4)), jnp.array([2, 0]))
+        return np.asarray(jax.jit(of)(jax.random.key(0)))
+
+    one_hot = features(Torso(observed((), 4)), np.array([2, 0], np.int32))
     np.testing.assert_array_equal(one_hot, [[0, 0, 1, 0], [1, 0, 0, 0]])
     assert one_hot.dtype == np.float32
-    grid = jnp.arange(12).reshape(2, 2, 3)
-    for obs in (grid.astype(jnp.uint8), grid > 4, grid.astype(jnp.float32)):
+    grid = np.arange(12).reshape(2, 2, 3)
+    for obs in (grid.astype(np.uint8), grid > 4, grid.astype(np.float32)):
         flat = features(Torso(observed((2, 3))), obs)
         assert flat.dtype == np.float32
         np.testing.assert_array_equal(flat, np.asarray(obs, np.float32).reshape(2, 6))
-    image = features(Torso(observed((5, 6, 2))), jnp.arange(120).reshape(2, 5, 6, 2) % 7 > 3)
+    image = features(Torso(observed((5, 6, 2))), np.arange(120).reshape(2, 5, 6, 2) % 7 > 3)
     assert image.shape == (2, 3 * 4 * 16)
     assert image.min() == 0, "ReLU after the convolution"
     assert image.max() > 0
@@ -248,16 +262,16 @@ def test_torso_takes_every_kind_of_observation():
 def test_only_what_a_convolution_fits_is_an_image(shape, image, dtype):
     """And brightnesses count from 0 to 1, while tables and flags keep their numbers."""
     net = Torso(EnvSpec("seen", shape, dtype, 9))
-    obs = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, *shape)), dtype)
-    params = net.init(jax.random.key(0), obs)
-    got, x = net.apply(params, obs), np.asarray(obs, np.float32)
+    obs = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(dtype)
+    params = draw(net, 0, obs)
+    got, x = apply(net, params, obs), np.asarray(obs, np.float32)
     if not image:
         assert not params
         np.testing.assert_array_equal(got, x.reshape(2, -1))
         return
     x = x / 255 if dtype == "uint8" else x
     conv = {"params": params["params"]["Conv3x3_0"]}
-    expected = np.maximum(Conv3x3(16).apply(conv, x), 0).reshape(2, -1)
+    expected = np.maximum(apply(Conv3x3(16), conv, x), 0).reshape(2, -1)
     assert expected.shape == (2, (shape[0] - 2) * (shape[1] - 2) * 16)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * x.max())
     if dtype == "uint8":
@@ -267,22 +281,22 @@ def test_only_what_a_convolution_fits_is_an_image(shape, image, dtype):
 def test_a_normalised_image_is_not_divided_again():
     """PPO normalises observations before its networks see them."""
     net = Torso(EnvSpec("seen", (5, 5, 1), "uint8", 9))
-    obs = jax.random.normal(jax.random.key(0), (2, 5, 5, 1))
-    params = net.init(jax.random.key(1), obs)
+    obs = np.random.default_rng(0).normal(size=(2, 5, 5, 1)).astype(np.float32)
+    params = draw(net, 1, obs)
     conv = {"params": params["params"]["Conv3x3_0"]}
-    expected = jax.nn.relu(Conv3x3(16).apply(conv, obs)).reshape(2, -1)
-    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-6)
+    expected = np.maximum(apply(Conv3x3(16), conv, obs), 0).reshape(2, -1)
+    np.testing.assert_allclose(apply(net, params, obs), expected, rtol=1e-6)
 
 
 def test_an_image_in_a_dict_is_an_image():
     parts = (("flag", ArraySpec((2,), "uint8")), ("view", ArraySpec((4, 4, 1), "uint8")))
     net = Torso(EnvSpec("seen", (), "dict", 9, obs_parts=parts))
-    obs = {"flag": jnp.uint8([[1, 7]]), "view": jnp.full((1, 4, 4, 1), 255, jnp.uint8)}
-    params = net.init(jax.random.key(0), obs)
-    kernel = params["params"]["Conv3x3_0"]["Dense_0"]["kernel"]
+    obs = {"flag": np.uint8([[1, 7]]), "view": np.full((1, 4, 4, 1), 255, np.uint8)}
+    params = draw(net, 0, obs)
+    kernel = np.asarray(params["params"]["Conv3x3_0"]["Dense_0"]["kernel"])
     expected = np.maximum(kernel.sum(0), 0)[None].repeat(4, 0).reshape(1, -1)
     expected = np.concatenate([[[1, 7]], expected], axis=1)
-    np.testing.assert_allclose(net.apply(params, obs), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(net, params, obs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_polyak_is_the_moving_average():
@@ -293,7 +307,8 @@ def test_polyak_is_the_moving_average():
 
 
 def test_schedules_begin_and_end_where_they_should():
-    got = [float(linear(2.0, -1.0, 16.0, jnp.int32(step))) for step in (-3, 0, 4, 16, 17, 1000)]
+    schedule = jax.jit(lambda step: linear(2.0, -1.0, 16.0, step))
+    got = [float(schedule(jnp.int32(step))) for step in (-3, 0, 4, 16, 17, 1000)]
     assert got == pytest.approx([2.0, 2.0, 1.25, -1.0, -1.0, -1.0])
     assert float(linear(2.0, -1.0, 0.0, jnp.int32(50))) == 2.0
 
@@ -322,18 +337,19 @@ def test_statistics_of_any_chunks_are_those_of_all_rows(seed, chunks, offset):
 
 def test_normalised_rows_are_clipped_and_constants_become_zero():
     fresh = normaliser.init((2,))
-    got = normaliser.normalise(fresh, jnp.array([[3.0, -7.0], [12.0, -80.0]]))
+    normalise = jax.jit(normaliser.normalise)
+    got = normalise(fresh, jnp.array([[3.0, -7.0], [12.0, -80.0]]))
     np.testing.assert_allclose(got, [[3.0, -7.0], [10.0, -10.0]], rtol=1e-6)
     rows = jnp.array([[[1.0, 5.0], [3.0, 5.0]], [[1.0, 5.0], [3.0, 5.0]]])
-    running = normaliser.update(fresh, rows)
+    running = UPDATE(fresh, rows)
     assert running.seen == 4
-    got = normaliser.normalise(running, rows, clip=0.5)
+    got = normalise(running, rows, clip=0.5)
     np.testing.assert_array_equal(got, [[[-0.5, 0.0], [0.5, 0.0]]] * 2)
 
 
 def test_the_count_stops_and_old_rows_fade():
     full = normaliser.Stats(jnp.zeros(()), jnp.ones(()), jnp.float32(2.0**24))
-    moved = normaliser.update(full, jnp.full(2**10, 100.0))
+    moved = UPDATE(full, jnp.full(2**10, 100.0))
     assert moved.seen == 2.0**24
     np.testing.assert_allclose(moved.mean, 100 * 2**10 / (2**24 + 2**10), rtol=1e-5)
 
@@ -366,7 +382,7 @@ def test_tanh_normal_is_finite_and_exact_where_tanh_saturates():
     np.testing.assert_allclose(grads[0], slope, rtol=1e-4, atol=1e-5)
     expected = slope * noise64 * np.exp(log_std64) - 1
     np.testing.assert_allclose(grads[1], expected, rtol=1e-4, atol=1e-5)
-    through = jax.grad(lambda *x: jnp.sum(density(*x)[0]), (0, 1))(mean, log_std, noise)
+    through = jax.jit(jax.grad(lambda *x: jnp.sum(density(*x)[0]), (0, 1)))(mean, log_std, noise)
     assert all(np.isfinite(grad).all() for grad in through)
 
 
@@ -378,30 +394,50 @@ def test_density_of_tanh_normal_is_one_in_all_and_agrees_with_distrax():
     rng = np.random.default_rng(1)
     noise = np.float32(rng.normal(size=(50, 3)))
     mean, log_std = np.float32([0.2, -0.5, 0.0]), np.float32([-1.0, -0.5, -2.0])
-    policy = dist.tanh_normal(*(jnp.broadcast_to(x, (50, 3)) for x in (mean, log_std)))
-    action, of_noise = policy.from_noise(noise)
-    np.testing.assert_allclose(policy.log_prob(action), of_noise, rtol=1e-3, atol=1e-3)
-    normal = distrax.MultivariateNormalDiag(policy.mean_before, jnp.exp(policy.log_std))
-    theirs = distrax.Transformed(normal, distrax.Block(distrax.Tanh(), 1))
-    np.testing.assert_allclose(theirs.log_prob(action), of_noise, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(policy.mode()[0], np.tanh(mean), rtol=1e-6)
-    assert np.isfinite(policy.log_prob(jnp.array([[1.0, -1.0, 1.0]] * 50))).all()
+
+    @jax.jit
+    def both(noise):
+        policy = dist.tanh_normal(*(jnp.broadcast_to(x, (50, 3)) for x in (mean, log_std)))
+        action, of_noise = policy.from_noise(noise)
+        normal = distrax.MultivariateNormalDiag(policy.mean_before, jnp.exp(policy.log_std))
+        theirs = distrax.Transformed(normal, distrax.Block(distrax.Tanh(), 1)).log_prob(action)
+        saturated = policy.log_prob(jnp.array([[1.0, -1.0, 1.0]] * 50))
+        return of_noise, policy.log_prob(action), theirs, policy.mode(), saturated
+
+    of_noise, ours, theirs, mode, saturated = both(noise)
+    np.testing.assert_allclose(ours, of_noise, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(theirs, of_noise, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(mode[0], np.tanh(mean), rtol=1e-6)
+    assert np.isfinite(saturated).all()
 
 
 def test_densities_and_entropies_equal_scipy():
     x, mean, std = np.random.default_rng(0).normal(size=(3, 4, 2))
     std = np.abs(std) + 0.1
-    policy = dist.diagonal_normal(jnp.float32(mean), jnp.float32(std))
+
+    @jax.jit
+    def normal(x, mean, std):
+        policy = dist.diagonal_normal(mean, std)
+        return policy.log_prob(x), policy.entropy()
+
+    log_prob, entropy = normal(*map(np.float32, (x, mean, std)))
     expected = stats.norm.logpdf(x, mean, std).sum(-1)
-    np.testing.assert_allclose(policy.log_prob(jnp.float32(x)), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-4, atol=1e-4)
     expected = stats.norm.entropy(mean, std).sum(-1)
-    np.testing.assert_allclose(policy.entropy(), expected, rtol=1e-5, atol=1e-5)
-    policy, p = dist.categorical(jnp.asarray(LOGITS)), special.softmax(np.float64(LOGITS))
-    np.testing.assert_allclose(policy.entropy(), stats.entropy(p), rtol=1e-5)
+    np.testing.assert_allclose(entropy, expected, rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def categorical(logits):
+        policy = dist.categorical(logits)
+        log_probs = jnp.stack([policy.log_prob(action) for action in range(5)])
+        return policy.entropy(), log_probs, policy.mode()
+
+    (entropy, log_probs, mode), p = categorical(LOGITS), special.softmax(np.float64(LOGITS))
+    np.testing.assert_allclose(entropy, stats.entropy(p), rtol=1e-5)
     for action in (0, 1, 3, 4):
-        np.testing.assert_allclose(policy.log_prob(action), np.log(p[action]), rtol=1e-5)
-    assert policy.log_prob(2) == -np.inf
-    assert policy.mode() == 3
+        np.testing.assert_allclose(log_probs[action], np.log(p[action]), rtol=1e-5)
+    assert log_probs[2] == -np.inf
+    assert mode == 3
 
 
 def test_categorical_samples_have_their_probabilities():

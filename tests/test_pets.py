@@ -1,6 +1,6 @@
 """PETS: what it plans is what the planner plans, and nothing of an episode outlives it."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +38,19 @@ def batch(spec, num, seed=0):
     return Step(*jax.tree.map(fill, example), never, never)
 
 
-def after_training(agent, spec, updates=1):
-    """The state once 32 random steps are observed and learned from."""
+@cache
+def after_training(spec, buffer_size=64):
+    """The state once 32 random steps are observed and learned from; the same for all planners."""
+    agent = make_agent("pets", spec, config(spec, buffer_size=buffer_size))
+    steps = jax.tree.map(lambda *x: np.stack(x), *(batch(spec, 1, t) for t in range(32)))
+
+    def observe(state, x):
+        return agent.observe(state, x[0], (), x[1]), None
 
     def run(key):
-        state = agent.init(key)
-        for t in range(32):
-            state = agent.observe(state, batch(spec, 1, t), (), jnp.int32(t))
-        for i in range(updates):
-            state, _ = agent.update(state, jax.random.fold_in(key, i), jnp.int32(31), jnp.int32(i))
-        return state
+        times = jnp.arange(32, dtype=jnp.int32)
+        state, _ = jax.lax.scan(observe, agent.init(key), (steps, times))
+        return agent.update(state, jax.random.fold_in(key, 0), jnp.int32(31), jnp.int32(0))[0]
 
     return jax.jit(run)(jax.random.key(0))
 
@@ -57,7 +60,7 @@ def test_actions_are_those_of_the_planner_and_nothing_outlives_an_episode(planne
     spec = CARTPOLE if planner == "categorical" else PENDULUM
     cfg = config(spec, **({} if planner == "categorical" else {"planner": planner}))
     agent = make_agent("pets", spec, cfg)
-    state = after_training(agent, spec)
+    state = after_training(spec)
     obs = batch(spec, 2, 99).obs
     act = jax.jit(
         lambda memory, first, key: agent.act(
@@ -105,7 +108,7 @@ def test_random_steps_of_vmapped_seeds_plan_nothing():
 def test_until_the_first_training_actions_are_random_also_in_training():
     """SMALL has 16 steps of warm-up and trains after 8 more; under vmapped seeds it is a branch."""
     agent = make_agent("pets", PENDULUM, config())
-    state = jax.vmap(agent.init)(jax.random.split(jax.random.key(0), 2))
+    state = jax.jit(jax.vmap(agent.init))(jax.random.split(jax.random.key(0), 2))
     obs, first, keys = (
         jnp.zeros((2, 3, 3)),
         jnp.zeros((2, 3), bool),
@@ -138,10 +141,7 @@ def test_training_of_four_vmapped_seeds_selects_no_parameters():
 
 def test_the_model_learns_only_from_what_was_observed():
     """Rows of the buffer that are not written change nothing."""
-    states = [
-        after_training(make_agent("pets", PENDULUM, config(buffer_size=size)), PENDULUM)
-        for size in (32, 64)
-    ]
+    states = [after_training(PENDULUM, size) for size in (32, 64)]
     scaling = [state.params.scaling for state in states]
     rows = [batch(PENDULUM, 1, t) for t in range(32)]
     seen = np.concatenate([row.obs for row in rows])

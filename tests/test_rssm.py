@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rssm_reference as reference
+from scipy import special
 
 from mbrl_jax.models import (
     rssm,
@@ -159,16 +160,17 @@ def test_the_core_is_a_dense_layer_with_a_mask():
     params = parameters()
     _, actions, _, _, start = sequence()
     made = jax.jit(lambda *x: rssm.core(*x, jnp.float32))(params, start, actions[:, 0])
-    expected = reference.core(params, start.deter, start.stoch, actions[:, 0])
+    expected = jax.jit(reference.core)(params, start.deter, start.stoch, actions[:, 0])
     assert_equal_to_rounding(made, expected, 1e-5)
-    matrix = reference.block_matrix(params["core"]["gates"]["kernel"])
+    matrix = jax.jit(reference.block_matrix)(params["core"]["gates"]["kernel"])
     assert np.count_nonzero(matrix) == matrix.size // SIZES.blocks
 
 
 def test_actions_are_limited_in_the_core_alone():
     values = jnp.array([[-3.0, -1.0, 0.5], [0.0, 1.0, 100.0]])
-    np.testing.assert_allclose(rssm_cell.limited(values), np.clip(values, -1, 1), atol=1e-7)
-    slope = jax.grad(lambda x: jnp.sum(rssm_cell.limited(x)))(values)
+    limited = jax.jit(rssm_cell.limited)
+    np.testing.assert_allclose(limited(values), np.clip(values, -1, 1), atol=1e-7)
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(rssm_cell.limited(x))))(values)
     np.testing.assert_allclose(slope, 1 / np.maximum(1, np.abs(values)), atol=1e-7)
     params, (tokens, actions, first, noise, start) = parameters(), sequence()
     made = observed()(params, tokens, actions, first, noise, start)
@@ -321,35 +323,42 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_unimix_has_a_floor():
-    logits = jnp.array([[100.0, 0.0, -50.0, -1000.0], [1.0, 1.0, 1.0, 1.0]])
+    logits = np.array([[100.0, 0.0, -50.0, -1000.0], [1.0, 1.0, 1.0, 1.0]], np.float32)
+    softmax = special.softmax(logits, -1)
+
+    def unimix(share):
+        return functools.partial(rssm_latents.unimix, share=share)
+
     for share in (0.01, np.float32(0.3), 1.0):
-        prob = np.exp(rssm_latents.unimix(logits, share))
+        prob = np.exp(jax.jit(unimix(share))(logits))
         assert prob.min() >= share / 4 * (1 - 1e-6)
         np.testing.assert_allclose(prob.sum(-1), 1, atol=1e-6)
-        expected = (1 - share) * np.array(jax.nn.softmax(logits)) + share / 4
+        expected = (1 - share) * softmax + share / 4
         np.testing.assert_allclose(prob, expected, rtol=1e-5)
     for share in (0.0, np.float32(0.0)):
-        plain = rssm_latents.unimix(logits, share)
-        np.testing.assert_allclose(plain, jax.nn.log_softmax(logits), rtol=1e-6)
-        slope = jax.jacobian(rssm_latents.unimix)(logits[1], share)
+        plain = jax.jit(unimix(share))(logits)
+        np.testing.assert_allclose(plain, special.log_softmax(logits, -1), rtol=1e-6)
+        slope = jax.jit(jax.jacobian(unimix(share)))(logits[1])
         np.testing.assert_allclose(slope, np.eye(4) - 0.25, atol=1e-6)
 
 
 def test_samples_are_one_hot_with_the_gradient_of_their_chances():
-    logits = random((20_000, 4), 0) * 0 + jnp.array([[2.0, 0.0, -1.0, -8.0]])
-    noise = rssm_latents.draw_noise(jax.random.key(1), logits.shape)
-    drawn = rssm_latents.straight_through(logits, noise, 0.2)
+    logits = np.float32([[2.0, 0.0, -1.0, -8.0]]).repeat(20_000, 0)
+    draw_noise = jax.jit(rssm_latents.draw_noise, static_argnums=1)
+    noise = np.asarray(draw_noise(jax.random.key(1), logits.shape))
+    drawn = np.asarray(jax.jit(rssm_latents.straight_through)(logits, noise, 0.2))
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_array_equal(drawn.sum(-1), 1)
-    prob = 0.8 * np.array(jax.nn.softmax(logits[0])) + 0.05
+    prob = 0.8 * special.softmax(logits[0]) + 0.05
     np.testing.assert_allclose(drawn.mean(0), prob, atol=4 * 0.5 / np.sqrt(20_000))
     weight = random((4,), 2)
 
     def value(logits, f):
         return jnp.sum(f(logits) * weight)
 
-    straight = jax.grad(value)(logits[0], lambda x: rssm_latents.straight_through(x, noise[0], 0.2))
-    smooth = jax.grad(value)(logits[0], lambda x: 0.8 * jax.nn.softmax(x))
+    slope = jax.jit(jax.grad(value), static_argnums=1)
+    straight = slope(logits[0], lambda x: rssm_latents.straight_through(x, noise[0], 0.2))
+    smooth = slope(logits[0], lambda x: 0.8 * jax.nn.softmax(x))
     np.testing.assert_allclose(straight, smooth, atol=1e-6)
 
 
@@ -357,20 +366,27 @@ def test_samples_are_one_hot_with_the_gradient_of_their_chances():
 def test_divergence_and_entropy_are_those_of_the_samples(gaussian):
     """Against means over many samples."""
     num, raw = 100_000, [random((2, 6 if gaussian else 3), seed) for seed in (3, 4)]
-    noise = rssm_latents.draw_noise(jax.random.key(2), (num, 2, 3), gaussian)
-    drawn = np.float64(rssm_latents.sample(raw[0][None], noise, 0.1, gaussian))
+
+    @jax.jit
+    def draw(key, raw):
+        noise = rssm_latents.draw_noise(key, (num, 2, 3), gaussian)
+        return rssm_latents.sample(raw[None], noise, 0.1, gaussian)
+
+    drawn = np.float64(draw(jax.random.key(2), raw[0]))
+    unimix, normal = jax.jit(rssm_latents.unimix), jax.jit(rssm_latents.normal)
 
     def log_density(raw):
         if not gaussian:
-            return np.sum(np.float64(rssm_latents.unimix(raw, 0.1)) * drawn, (1, 2))
-        mean, std = (np.float64(x) for x in rssm_latents.normal(raw))
+            return np.sum(np.float64(unimix(raw, 0.1)) * drawn, (1, 2))
+        mean, std = (np.float64(x) for x in normal(raw))
         terms = -0.5 * ((drawn - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
         return np.sum(terms, (1, 2))
 
     p, q = log_density(raw[0]), log_density(raw[1])
     tolerance = 5 * (p - q).std() / np.sqrt(num)
-    kl = rssm_latents.kl(*raw, 0.1, gaussian)
+    divergence = jax.jit(rssm_latents.kl, static_argnums=3)
+    kl = divergence(*raw, 0.1, gaussian)
     np.testing.assert_allclose(kl, (p - q).mean(), atol=tolerance)
-    entropy = rssm_latents.entropy(raw[0], 0.1, gaussian)
+    entropy = jax.jit(rssm_latents.entropy, static_argnums=2)(raw[0], 0.1, gaussian)
     np.testing.assert_allclose(entropy, -p.mean(), atol=5 * p.std() / np.sqrt(num))
-    np.testing.assert_allclose(rssm_latents.kl(raw[0], raw[0], 0.1, gaussian), 0, atol=1e-6)
+    np.testing.assert_allclose(divergence(raw[0], raw[0], 0.1, gaussian), 0, atol=1e-6)

@@ -227,16 +227,20 @@ def test_no_buffer_is_copied_where_steps_are_added_read_and_written_back(seeds):
 
 @pytest.mark.parametrize("x64", [False, True])
 def test_dtypes_are_the_same_in_64_bits(x64):
-    with jax.enable_x64(x64):
-        made = sequence.make(EXAMPLE, 12, 3)
+    made = sequence.make(EXAMPLE, 12, 3)
+
+    def shapes():
         rows, key = made.init(), jax.random.key(0)
         for t in range(3):
             rows = made.add(rows, batch_of(t, 3), jnp.int32(t))
         written = jnp.int32(3)
         windows, index, queue = made.sample_online(rows, key, 4, 2, written, online.empty())
         rows = made.set(rows, index, {"step": windows["step"]})
-        assert {x.dtype.name for x in jax.tree.leaves((index, queue))} == {"int32"}
-        assert made.sample(rows, key, 4, 2, written)[1].dtype == jnp.int32
+        return rows, windows, index, queue, made.sample(rows, key, 4, 2, written)[1]
+
+    with jax.enable_x64(x64):
+        rows, windows, index, queue, drawn = jax.eval_shape(shapes)
+        assert {x.dtype.name for x in jax.tree.leaves((index, queue, drawn))} == {"int32"}
         assert {name: x.dtype for name, x in windows.items()} == {
             name: s.dtype for name, s in EXAMPLE.items()
         }

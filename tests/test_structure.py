@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "prng": set(),
     "loops": {"types"},
     "lazy": set(),
+    "memory": set(),
     "xla": set(),
     "x64": set(),
     "analysis": {"lazy"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "agents": {
         "x64",
         "lazy",
+        "memory",
         "types",
         "prng",
         "loops",
@@ -50,6 +52,7 @@ MAY_IMPORT = {
     "runtime": {
         "x64",
         "lazy",
+        "memory",
         "types",
         "prng",
         "loops",
@@ -59,6 +62,7 @@ MAY_IMPORT = {
         "data",
         "nn",
         "models",
+        "search",
     },
     "__main__": {"types", "agents", "envs", "analysis", "runtime"},
 }
