@@ -35,7 +35,7 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_compilation_cache_max_size", 2**32)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# tracing makes many objects, few of them cyclic garbage: a sixth of its time went into looking
+# tracing makes many objects, few of them cyclic garbage, and looking for it takes time
 gc.freeze()
 gc.set_threshold(50_000, 10, 10)
 

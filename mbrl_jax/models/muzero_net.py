@@ -212,7 +212,8 @@ def distribution_loss(logits: jax.Array, target: jax.Array, bins: jax.Array) -> 
 def is_clipped(target: jax.Array, bins: jax.Array) -> jax.Array:
     """Whether targets [...], in units of reward, lie beyond the bins [K]: [...] bool.
 
-    Up to a hundredth beyond counts as within, such as a reward and the largest value after it.
+    Up to a hundredth beyond, in the transformed scale, counts as within: a reward and the largest
+    value after it.
     """
     return jnp.abs(signed_hyperbolic(target)) > 1.01 * bins[-1]
 
