@@ -82,7 +82,10 @@ def searched_by_mctx() -> Iterator[None]:
     """MuZero calls mctx's searches in the place of ours, in all that is traced inside."""
     import mctx
 
-    names = ("gumbel_muzero_policy", "muzero_policy", "qtransform_completed_by_mix_value")
+    names = (
+        "gumbel_muzero_policy", "muzero_policy", "qtransform_completed_by_mix_value",
+        "qtransform_by_parent_and_siblings",
+    )  # fmt: skip
     theirs = {name: getattr(mctx, name) for name in names}
     with mock.patch.multiple(muzero_search.search, **theirs):
         yield

@@ -42,6 +42,9 @@ class Config:
     # scale of completed values against priors, and visits that count beforehand (gumbel, sampled)
     value_scale: float = ranged("[0, inf)", default=0.1)
     visit_offset: float = ranged("[0, inf)", default=50.0)
+    # difference of a node's least and greatest value, in units of reward, from which on they are
+    # stretched to [0, 1]; below it they count less, so that rounding is not taken for advice
+    least_range: float = ranged("(0, inf)", default=0.01)
     # share and concentration of the noise at the root, and constant of exploration (puct)
     dirichlet_fraction: float = ranged("[0, 1]", default=0.25)
     dirichlet_alpha: float = ranged("(0, inf)", default=0.3)

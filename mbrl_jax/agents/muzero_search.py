@@ -44,7 +44,6 @@ def run(
       noise: whether the root explores: Gumbel or Dirichlet noise.
       temperature: [] of the action among the visits (puct); 0 takes the most visited one.
     """
-    scaled = _completed(cfg)
     if cfg.search == "sampled":
         return _sampled(cfg, net, support, params, key, obs, noise)
     if cfg.chance_codes:
@@ -58,22 +57,32 @@ def run(
     }  # fmt: skip
     if cfg.search == "gumbel":
         found = search.gumbel_muzero_policy(
-            **given, qtransform=scaled, max_num_considered_actions=cfg.max_considered,
+            **given, qtransform=_transform(cfg), max_num_considered_actions=cfg.max_considered,
             gumbel_scale=float(noise),
         )  # fmt: skip
     else:
         found = search.muzero_policy(
-            **given, pb_c_init=cfg.pb_c_init, dirichlet_alpha=cfg.dirichlet_alpha,
+            **given, qtransform=_transform(cfg), pb_c_init=cfg.pb_c_init, dirichlet_alpha=cfg.dirichlet_alpha,
             dirichlet_fraction=cfg.dirichlet_fraction if noise else 0.0, temperature=temperature,
         )  # fmt: skip
     return Advice(found.action, found.action_weights, (), found.search_tree.summary().value)
 
 
-def _completed(cfg: Config):
-    def transform(tree, node_index):
-        return search.qtransform_completed_by_mix_value(
-            tree, node_index, value_scale=cfg.value_scale, maxvisit_init=cfg.visit_offset
-        )
+def _transform(cfg: Config):
+    if cfg.search == "puct":
+
+        def transform(tree, node_index):
+            return search.qtransform_by_parent_and_siblings(
+                tree, node_index, epsilon=cfg.least_range
+            )
+
+    else:
+
+        def transform(tree, node_index):
+            return search.qtransform_completed_by_mix_value(
+                tree, node_index, value_scale=cfg.value_scale, maxvisit_init=cfg.visit_offset,
+                epsilon=cfg.least_range,
+            )  # fmt: skip
 
     return transform
 
@@ -124,7 +133,7 @@ def _sampled(
         ), after  # fmt: skip
 
     found = search.sampled_policy(
-        params, key, root, step, cfg.num_simulations, qtransform=_completed(cfg),
+        params, key, root, step, cfg.num_simulations, qtransform=_transform(cfg),
         max_num_considered_actions=cfg.max_considered, gumbel_scale=float(noise),
     )  # fmt: skip
     value = found.search_tree.summary().value
@@ -157,7 +166,7 @@ def _stochastic(
 
     found = search.stochastic_muzero_policy(
         params, key, search_root(model, params, obs), decide, answer, cfg.num_simulations,
-        None if legal is None else ~legal, pb_c_init=cfg.pb_c_init,
+        None if legal is None else ~legal, qtransform=_transform(cfg), pb_c_init=cfg.pb_c_init,
         dirichlet_alpha=cfg.dirichlet_alpha,
         dirichlet_fraction=cfg.dirichlet_fraction if noise else 0.0, temperature=temperature,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mbrl_jax.search.base import FEW
 from mbrl_jax.search.forest import (
     DISCOUNT,
     PARENT,
@@ -27,9 +28,11 @@ from mbrl_jax.search.forest import (
 )
 from mbrl_jax.search.node import Rule
 
-WALKERS = 64
+WALKERS = 512
 """New nodes that a CPU backs up at once: more wait for the deepest among them and leave the cache.
 Accelerators take all."""
+NOWHERE = -1
+"""The row of a lane that carries nothing."""
 SMALL = 2**18
 """Bytes of a table up to which XLA takes its rows on one thread."""
 
@@ -38,7 +41,7 @@ class Walk(NamedTuple):
     """Lanes on their way from new nodes to the roots; L of them."""
 
     table: jax.Array  # [R, 4 W] of the forest
-    lanes: jax.Array  # [L, 3] int32: number of the new node, row, bits of the return so far
+    lanes: jax.Array  # [L, 3] int32: number of the new node, row or NOWHERE, bits of the return
     returns: jax.Array  # [new nodes, or L if that is more] at the roots, 0 before they are known
     span: jax.Array | None  # of the forest
     outcomes: jax.Array | None  # of the forest
@@ -91,17 +94,18 @@ def carried(
     def begin(new: jax.Array) -> jax.Array:
         """Lanes at the new nodes of these numbers."""
         inside = jnp.minimum(new, num - 1)
-        return jnp.stack([new, first_row + inside, take(raw, inside)], axis=-1)
+        row = jnp.where((new < num) & take(live, inside), first_row + inside, NOWHERE)
+        return jnp.stack([new, row, take(raw, inside)], axis=-1)
 
     def level(walk: Walk) -> Walk:
         new, row, returned = walk.lanes[:, 0], walk.lanes[:, 1], number(walk.lanes[:, 2])
         cells, span, scratch = walk.table.reshape(-1, 4), walk.span, list(walk.scratch)
         outcomes = walk.outcomes
-        busy = live.at[new].get(mode="fill", fill_value=False)
+        busy, row = row >= 0, jnp.maximum(row, 0)
         if rule is None:
             own, scratch[0] = fetched(cells, (row + 1) * width - 1, scratch[0])
         else:
-            whole, scratch[2] = fetched(walk.table, row, scratch[2])
+            whole, scratch[0] = fetched(walk.table, row, scratch[0])
             node, own = unpack(whole, forest.num_actions)
         above = own[:, PARENT]
         up, action = divided(above, width)
@@ -125,9 +129,8 @@ def carried(
                 value=value, total=visits, root=root, number=own_number,
                 outcomes=outcomes_of(outcomes, row),
             )  # fmt: skip
-            edge = row * width + rule(node)
-            found, scratch[0] = fetched(cells, edge, scratch[0])
-            target = end_of(edge, found)
+            chosen = rule(node)
+            target = end_of(row * width + chosen, cell_of(whole, chosen, forest.num_actions))
             if forest.depth is not None:
                 # descent ends above a node that is as deep as allowed: its edge is taken once more
                 target = jnp.where(take(forest.depth, row) >= max_depth, above, target)
@@ -140,7 +143,8 @@ def carried(
         arrived = busy & (up < batch)
         done = arrived | ~busy
         following = jnp.where(done, new + walkers, new)
-        lanes = jnp.stack([following, up, bits(returned)], axis=-1)
+        row = jnp.where(done, NOWHERE, up)
+        lanes = jnp.stack([following, row, bits(returned)], axis=-1)
         if walkers < num:
             returns = walk.returns.at[jnp.where(arrived, new, num)].set(
                 returned, mode="drop", unique_indices=True
@@ -151,7 +155,7 @@ def carried(
             returns = jnp.where(arrived, returned, walk.returns)
         return Walk(cells.reshape(walk.table.shape), lanes, returns, span, outcomes, scratch)
 
-    widths = (4, 4) if rule is None else (4, 4, 4 * width)
+    widths = (4, 4) if rule is None else (4 * width, 4)
     scratch = [jnp.zeros((walkers + 1, n), jnp.int32) for n in widths]
     start = Walk(
         forest.table, begin(jnp.arange(walkers, dtype=jnp.int32)),
@@ -180,6 +184,23 @@ def walked(
     if jax.default_backend() == "cpu":
         return jax.lax.while_loop(going, level, start)
     return jax.lax.while_loop(going, lambda lanes: level(level(lanes)), start)
+
+
+def cell_of(rows: jax.Array, action: jax.Array, num_actions: int) -> jax.Array:
+    """The cells [L, 4] of actions in rows of a table.
+
+    Args:
+      rows: [L, 4 W] int32.
+      action: [L] int32.
+      num_actions: A.
+    """
+    cells = rows.reshape(rows.shape[0], -1, 4)
+    if num_actions > FEW:
+        return jnp.take_along_axis(cells, action[:, None, None], 1, mode="promise_in_bounds")[:, 0]
+    found = cells[:, 0]
+    for a in range(1, num_actions):
+        found = jnp.where((action == a)[:, None], cells[:, a], found)
+    return found
 
 
 def fetched(x: jax.Array, index: jax.Array, scratch: jax.Array) -> tuple[jax.Array, jax.Array]:

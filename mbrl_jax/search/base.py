@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
@@ -20,6 +21,8 @@ LoopFn = Callable[..., Any]
 QTransform = Callable[[Any, Any], jax.Array]
 """(tree of one root, node index) -> values [A] that a rule adds to its scores."""
 Number = jax.Array | float
+FEW = 8
+"""Actions that `over_actions` takes one by one."""
 
 T = TypeVar("T")
 
@@ -177,3 +180,18 @@ class Lanes(NamedTuple):
     constants: tuple[jax.Array, ...] = ()  # [B] float32 each, of PUCT
     closed: Any = ()  # [B, ...] each, what the transform closes over (`node.Transform`)
     before: Tree | None = None  # the tree from which PUCT goes on
+
+
+def over_actions(combine: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """A reduction over the first axis, [1, ...].
+
+    Of few actions one after another: XLA fuses that with what comes before and after it, and a
+    search is bound by the number of its kernels.
+
+    Args:
+      combine: jnp.add, jnp.minimum or jnp.maximum.
+      x: [A, ...].
+    """
+    if x.shape[0] <= FEW:
+        return functools.reduce(combine, [x[a : a + 1] for a in range(x.shape[0])])
+    return combine.reduce(x, axis=0, keepdims=True)

@@ -93,7 +93,7 @@ def number(x: jax.Array) -> jax.Array:
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
     """x [n, ...] at index [L], [L, ...]; every index lies within x."""
-    return x.at[index].get(mode="promise_in_bounds")
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def record(
@@ -234,7 +234,7 @@ def expand(forest: Forest, model: Model, call: jax.Array, edge: jax.Array) -> tu
     Raises:
       InputError: outputs of the recurrent function whose shapes or dtypes do not agree.
     """
-    node, action = divided(edge, forest.width)
+    node, action = jax.lax.optimization_barrier(divided(edge, forest.width))
     before = jax.tree.map(lambda x: take(x, node), forest.embedding)
     out, embedding = model(call, action, before)
     num = edge.shape[0]

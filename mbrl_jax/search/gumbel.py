@@ -21,7 +21,16 @@ import jax.numpy as jnp
 from mbrl_jax.search import backup, schedule, vmapping
 from mbrl_jax.search import forest as forests
 from mbrl_jax.search import tree as trees
-from mbrl_jax.search.base import Budget, Lanes, Number, Params, RecurrentFn, Tree, record
+from mbrl_jax.search.base import (
+    Budget,
+    Lanes,
+    Number,
+    Params,
+    RecurrentFn,
+    Tree,
+    over_actions,
+    record,
+)
 from mbrl_jax.search.candidates import (
     Halving,
     considered_score,
@@ -58,9 +67,9 @@ def improved_policy(values: Values) -> Rule:
         added = values(node)
         # an action of prior 0, such as an illegal one, must not set the scale of the others
         allowed = node.prior >= jnp.finfo(node.prior.dtype).tiny
-        top = jnp.max(jnp.where(allowed, added, -jnp.inf), axis=0, keepdims=True)
+        top = over_actions(jnp.maximum, jnp.where(allowed, added, -jnp.inf))
         weights = node.prior * jnp.exp(jnp.minimum(added - top, 0.0))
-        policy = weights / jnp.sum(weights, axis=0, keepdims=True)
+        policy = weights / over_actions(jnp.add, weights)
         return best(policy - node.visits / node.total.astype(jnp.float32)[None])
 
     return rule

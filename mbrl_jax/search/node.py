@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl_jax.search import qtransforms
-from mbrl_jax.search.base import QTransform, Tree
+from mbrl_jax.search.base import QTransform, Tree, over_actions
 from mbrl_jax.search.vmapping import hoisted
 from mbrl_jax.types import InputError
 
@@ -54,13 +54,13 @@ def best(scores: jax.Array, order: jax.Array | None = None) -> jax.Array:
     """
     num_actions = scores.shape[0]
     own = jnp.arange(num_actions, dtype=jnp.int32)[:, None]
-    top = scores == jnp.max(scores, axis=0, keepdims=True)
+    top = scores == over_actions(jnp.maximum, scores)
     if order is None:
-        return jnp.min(jnp.where(top, own, num_actions - 1), axis=0)
+        return over_actions(jnp.minimum, jnp.where(top, own, num_actions - 1))[0]
     low = np.uint32((1 << (num_actions - 1).bit_length()) - 1)
     last = ~low | np.uint32(num_actions - 1)
     keys = jnp.where(top, (order & ~low) | own.astype(jnp.uint32), last)
-    return (jnp.min(keys, axis=0) & low).astype(jnp.int32)
+    return (over_actions(jnp.minimum, keys)[0] & low).astype(jnp.int32)
 
 
 def safe_log(probs: jax.Array) -> jax.Array:

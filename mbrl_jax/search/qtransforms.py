@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbrl_jax.search.base import Number
+from mbrl_jax.search.base import Number, over_actions
 
 
 def qtransform_by_min_max(
@@ -48,8 +48,8 @@ def qtransform_by_parent_and_siblings(
     visited, own = tree.children_visits[node_index] > 0, tree.node_values[node_index][None]
     qvalues = tree.qvalues(node_index)
     known = jnp.where(visited, qvalues, own)
-    low = jnp.minimum(own, jnp.min(known, axis=0, keepdims=True))
-    high = jnp.maximum(own, jnp.max(known, axis=0, keepdims=True))
+    low = jnp.minimum(own, over_actions(jnp.minimum, known))
+    high = jnp.maximum(own, over_actions(jnp.maximum, known))
     completed = jnp.where(visited, qvalues, low)
     return (completed - low) / jnp.maximum(high - low, epsilon)
 
@@ -97,10 +97,10 @@ def qtransform_completed_by_mix_value(
         value = mixed_value(value, prior, visits, qvalues, total)
     completed = jnp.where(visits > 0, qvalues, value[None])
     if rescale_values:
-        low = jnp.min(completed, axis=0, keepdims=True)
-        high = jnp.max(completed, axis=0, keepdims=True)
+        low = over_actions(jnp.minimum, completed)
+        high = over_actions(jnp.maximum, completed)
         completed = (completed - low) / jnp.maximum(high - low, epsilon)
-    most = jnp.max(visits, axis=0, keepdims=True).astype(jnp.float32)
+    most = over_actions(jnp.maximum, visits).astype(jnp.float32)
     return (maxvisit_init + most) * value_scale * completed
 
 
@@ -121,8 +121,8 @@ def mixed_value(
     visited = visits > 0
     # a visited action may have a prior of zero
     prior = jnp.maximum(prior, jnp.finfo(prior.dtype).tiny)
-    mass = jnp.sum(jnp.where(visited, prior, 0.0), axis=0)
-    weighted = jnp.sum(jnp.where(visited, prior * qvalues, 0.0), axis=0)
+    mass = over_actions(jnp.add, jnp.where(visited, prior, 0.0))[0]
+    weighted = over_actions(jnp.add, jnp.where(visited, prior * qvalues, 0.0))[0]
     return (raw + total * (weighted / jnp.where(mass > 0, mass, 1.0))) / (total + 1)
 
 
