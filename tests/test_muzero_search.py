@@ -207,6 +207,26 @@ def test_the_backup_flips_the_sign_of_later_rewards():
                 np.testing.assert_allclose(tree.node_values[b, n], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("cfg", [GUMBEL, PUCT], ids=["gumbel", "puct"])
+def test_values_that_differ_by_rounding_are_no_advice(cfg):
+    """Above `least_range` they are: the same search of the same networks, stretched, takes sides."""
+    cfg, spec, key = dataclasses.replace(cfg, num_simulations=12), vector_spec(), jax.random.key(0)
+    params = muzero_net.init(muzero_config.net_of(cfg, spec), key)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    nearly = [x + 1e-6 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params, obs = jax.tree.unflatten(tree, nearly), random_obs(spec, 6)
+    uniform = 1 / spec.num_actions
+
+    def bias(least_range):
+        settings = dataclasses.replace(cfg, least_range=least_range, value_scale=1.0)
+        weights = run(settings, spec, params, key, obs, False).weights
+        return float(jnp.max(jnp.abs(weights - uniform)))
+
+    assert bias(0.01) < 0.02
+    assert bias(1e-9) > 0.1
+
+
 # mctx
 
 

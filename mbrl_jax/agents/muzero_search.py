@@ -62,7 +62,8 @@ def run(
         )  # fmt: skip
     else:
         found = search.muzero_policy(
-            **given, qtransform=_transform(cfg), pb_c_init=cfg.pb_c_init, dirichlet_alpha=cfg.dirichlet_alpha,
+            **given, qtransform=_transform(cfg), pb_c_init=cfg.pb_c_init,
+            dirichlet_alpha=cfg.dirichlet_alpha,
             dirichlet_fraction=cfg.dirichlet_fraction if noise else 0.0, temperature=temperature,
         )  # fmt: skip
     return Advice(found.action, found.action_weights, (), found.search_tree.summary().value)
