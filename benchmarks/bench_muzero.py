@@ -160,7 +160,8 @@ def parts(cfg: Config, spec: EnvSpec) -> dict[str, Callable[..., PyTree]]:
 
     def act(state, replay, window, made, obs, key, t):
         is_first = jnp.zeros(cfg.num_envs, bool)
-        return muzero.act(cfg, spec, state, (), obs, is_first, key, t, "train")
+        memory = muzero.init_memory(spec, cfg.num_envs)
+        return muzero.act(cfg, spec, state, memory, obs, is_first, key, t, "train")
 
     def windows(state, replay, window, made, obs, key, t):
         return window_of(cfg, spec, replay, key, t)

@@ -119,23 +119,9 @@ def init(cfg: Config, spec: EnvSpec, key: jax.Array) -> State:
     )
 
 
-def at_random(cfg: Config, spec: EnvSpec, params: PyTree, key: jax.Array, obs: PyTree) -> Advice:
-    """Uniform actions, with the uniform policy and the network's own value as their targets."""
-    net, keys = net_of(cfg, spec), jax.random.split(key)
-    prediction = muzero_net.predict(net, params, muzero_net.represent(net, params, obs))
-    value = muzero_net.expected(prediction.value, support(cfg, spec).value)
-    action, legal = spec.random_actions(keys[0], obs), spec.legal(obs)
-    if spec.num_actions is None:
-        candidates, _ = searches.candidates_of(cfg, prediction, keys[1], 0)
-        weights = jnp.full(candidates.shape[:2], 1.0 / cfg.num_candidates)
-        # the largest number below 1 in float32 would be squashed from 8.7
-        unit = jnp.clip(spec.to_unit(action), -0.999, 0.999)
-        return Advice(jnp.arctanh(unit), weights, candidates, value)
-    if legal is None:
-        weights = jnp.full(prediction.policy.shape, 1.0 / spec.num_actions)
-    else:
-        weights = legal / jnp.maximum(jnp.sum(legal, axis=-1, keepdims=True), 1.0)
-    return Advice(action, weights.astype(jnp.float32), (), value)
+def init_memory(spec: EnvSpec, num_envs: int) -> jax.Array:
+    """`Agent.init_memory`: the actions of the step before, which a random one may repeat."""
+    return jnp.zeros((num_envs, *spec.action_shape), "int32" if spec.discrete else "float32")
 
 
 def act(
@@ -143,7 +129,9 @@ def act(
 ):
     """`Agent.act`: by search; in mode "eval" without noise, and the most visited action."""
     if mode == "random":
-        advice = at_random(cfg, spec, state.params, key, obs)
+        advice = searches.at_random(
+            cfg, net_of(cfg, spec), support(cfg, spec), state.params, key, obs, memory, is_first
+        )
     else:
         train = mode == "train"
         advice = searches.run(
@@ -152,7 +140,7 @@ def act(
         )  # fmt: skip
     unit = advice.action if spec.discrete else jnp.tanh(advice.action)
     action = unit if spec.discrete else spec.from_unit(unit)
-    return action, memory, advice._replace(action=unit)
+    return action, action, advice._replace(action=unit)
 
 
 def observe(
@@ -394,7 +382,7 @@ def make(config: Config, spec: EnvSpec) -> Agent:
     net_of(config, spec)  # and what no torso fits
     return Agent(
         init=partial(init, config, spec),
-        init_memory=lambda num_envs: (),
+        init_memory=partial(init_memory, spec),
         act=partial(act, config, spec),
         observe=partial(observe, config, spec),
         update=partial(update, config, spec),

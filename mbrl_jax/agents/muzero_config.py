@@ -69,6 +69,9 @@ class Config:
     buffer_size: int = ranged("[1, inf)", default=100_000)
     # environment steps of random actions before the first update
     warmup_steps: int = ranged("[1, inf)", default=1_000)
+    # chance that such an action is that of the step before, which goes further where one must swing
+    # up (Dabney et al. 2021, "Temporally-extended epsilon-greedy exploration")
+    warmup_repeat: float = ranged("[0, 1)", default=0.0)
     # steps of every environment between two rounds of updates, and gradient steps of a round
     steps_per_update: int = ranged("[1, inf)", default=1)
     updates: int = ranged("[1, inf)", default=8)

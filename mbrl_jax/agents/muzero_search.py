@@ -69,6 +69,41 @@ def run(
     return Advice(found.action, found.action_weights, (), found.search_tree.summary().value)
 
 
+def at_random(
+    cfg: Config, net: Net, support: Support, params: PyTree, key: jax.Array, obs: PyTree,
+    before: jax.Array, is_first: jax.Array,
+) -> Advice:  # fmt: skip
+    """Uniform legal actions, or those of the step before with the chance `warmup_repeat`.
+
+    The targets that go with them are the uniform policy and the network's own value.
+
+    Args:
+      cfg, net, support, params, key, obs: as in `run`.
+      before: [B, ...] the actions of the step before, as the environment takes them.
+      is_first: [B] bool, where there was none.
+    """
+    spec, keys = net.spec, jax.random.split(key, 3)
+    prediction = muzero_net.predict(net, params, muzero_net.represent(net, params, obs))
+    value = muzero_net.expected(prediction.value, support.value)
+    legal, batch = spec.legal(obs), is_first.shape[0]
+    again = jax.random.bernoulli(keys[2], cfg.warmup_repeat, (batch,)) & ~is_first
+    if legal is not None:
+        again = again & jnp.take_along_axis(legal, before[:, None], axis=1)[:, 0]
+    again = again.reshape(batch, *[1] * (before.ndim - 1))
+    action = jnp.where(again, before, spec.random_actions(keys[0], obs))
+    if spec.num_actions is None:
+        candidates, _ = candidates_of(cfg, prediction, keys[1], 0)
+        weights = jnp.full(candidates.shape[:2], 1.0 / cfg.num_candidates)
+        # the largest number below 1 in float32 would be squashed from 8.7
+        unit = jnp.clip(spec.to_unit(action), -0.999, 0.999)
+        return Advice(jnp.arctanh(unit), weights, candidates, value)
+    if legal is None:
+        weights = jnp.full(prediction.policy.shape, 1.0 / spec.num_actions)
+    else:
+        weights = legal / jnp.maximum(jnp.sum(legal, axis=-1, keepdims=True), 1.0)
+    return Advice(action, weights.astype(jnp.float32), (), value)
+
+
 def _transform(cfg: Config):
     if cfg.search == "puct":
 
