@@ -290,7 +290,8 @@ def test_muzero_acts_alike_with_the_searches_of_mctx(benchmark, monkeypatch, nam
 
     def act():
         def run(key):
-            return agent.act(state, (), obs, np.zeros(2, bool), key, np.int32(0), "eval")
+            before, first = agent.init_memory(2), np.zeros(2, bool)
+            return agent.act(state, before, obs, first, key, np.int32(0), "eval")
 
         with jax.numpy_rank_promotion("allow"):  # mctx relies on it
             action, _, advice = jax.jit(run)(jax.random.key(2))

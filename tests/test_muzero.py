@@ -120,9 +120,10 @@ def test_what_acts_is_what_is_recorded(name, mode):
     batch = reset_batch(env, jax.random.key(1), 3, delayed=True)
     act = jax.jit(agent.act, static_argnums=6)
     action, memory, extras = act(
-        state, (), batch.obs, batch.is_first, jax.random.key(2), jnp.int32(0), mode
-    )
-    assert memory == ()
+        state, agent.init_memory(3), batch.obs, batch.is_first, jax.random.key(2), jnp.int32(0),
+        mode,
+    )  # fmt: skip
+    np.testing.assert_array_equal(memory, action)
     sums = extras.weights.sum(axis=-1)
     np.testing.assert_allclose(sums, 1.0, rtol=1e-5)
     assert extras.value.shape == (3,)
@@ -152,10 +153,12 @@ def test_an_evaluation_is_without_noise_and_training_is_not():
         lambda x: jnp.broadcast_to(x[:1], x.shape),
         reset_batch(env, jax.random.key(1), 64, delayed=True).obs,
     )
-    act = jax.jit(agent.act, static_argnums=6)
+    act, before = jax.jit(agent.act, static_argnums=6), agent.init_memory(64)
+    first = jnp.ones(64, bool)
 
     def actions(mode, key):
-        return set(np.asarray(act(state, (), obs, None, jax.random.key(key), 0, mode)[0]).tolist())
+        found = act(state, before, obs, first, jax.random.key(key), 0, mode)[0]
+        return set(np.asarray(found).tolist())
 
     assert len(actions("eval", 0) | actions("eval", 1)) == 1
     assert actions("train", 0) == actions("random", 0) == {0, 1, 2}
@@ -168,14 +171,57 @@ def test_illegal_actions_are_never_taken_and_weigh_nothing():
     agent = make_agent("muzero", env.spec, cfg)
     state = jax.jit(agent.init)(jax.random.key(0))
     batch = reset_batch(env, jax.random.key(1), 16, delayed=True)
-    act = jax.jit(agent.act, static_argnums=6)
+    act, first = jax.jit(agent.act, static_argnums=6), jnp.zeros(16, bool)
     for mode in ("random", "train", "eval"):
-        action, _, extras = act(state, (), batch.obs, None, jax.random.key(2), 0, mode)
+        before = agent.init_memory(16)
+        action, _, extras = act(state, before, batch.obs, first, jax.random.key(2), 0, mode)
         legal = np.asarray(batch.obs["action_mask"])
         assert not legal.all()
         assert legal[np.arange(16), action].all()
         assert (np.asarray(extras.weights)[~legal] == 0).all()
         assert np.isfinite(extras.weights).all()
+
+
+@pytest.mark.parametrize("world", ["discrete", "masked", "continuous"])
+@pytest.mark.parametrize("repeat", [0.0, 0.8])
+def test_random_actions_repeat_those_before_where_they_may(world, repeat):
+    """Not in the first step of an episode, and never what has become illegal."""
+    num = 4096
+    env = toys.make(toys.Doors) if world == "masked" else make_env(
+        {"discrete": "CartPole-v1", "continuous": "Pendulum-v1"}[world]
+    )  # fmt: skip
+    search = "sampled" if world == "continuous" else "gumbel"
+    fields = {"num_envs": num, "warmup_steps": 16 * num, "buffer_size": 16 * num, "unroll": 1}
+    given = {**SMALL["muzero"], "search": search, **fields, "warmup_repeat": repeat}
+    agent = make_agent("muzero", env.spec, AGENTS["muzero"].config_for("", **given))
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.params)
+    obs = reset_batch(env, jax.random.key(1), num, delayed=True).obs
+    before = env.spec.random_actions(jax.random.key(2), env.spec.zero_obs(num))
+    if world == "masked":  # any action, also those that are shut now
+        before = jax.random.randint(jax.random.key(2), (num,), 0, env.spec.num_actions)
+    first = jnp.arange(num) % 2 == 0
+
+    @jax.jit
+    def acted(params, before, obs, first, key):
+        own = muzero.State(params, None, None, None, None)
+        return agent.act(own, before, obs, first, key, jnp.int32(0), "random")
+
+    action, memory, extras = acted(params, before, obs, first, jax.random.key(3))
+    np.testing.assert_array_equal(memory, action)
+    same = np.asarray(action == before).reshape(num, -1).all(axis=1)
+    allowed = np.ones(num, bool)
+    chance = np.full(num, 1 / env.spec.num_actions if env.spec.discrete else 0.0)
+    if world == "masked":
+        legal = np.asarray(obs["action_mask"]) > 0
+        assert legal[np.arange(num), np.asarray(action)].all()
+        allowed, chance = legal[np.arange(num), np.asarray(before)], 1 / legal.sum(axis=1)
+        assert not same[~allowed].any()
+    for running, share in ((first, 0.0), (~first, repeat)):
+        rows = np.asarray(running) & allowed
+        expected = (share + (1 - share) * chance[rows]).mean()
+        np.testing.assert_allclose(same[rows].mean(), expected, atol=0.04)
+    assert np.isfinite(extras.value).all()
 
 
 def test_the_temperature_falls_with_the_steps():
@@ -207,8 +253,11 @@ def test_the_target_network_is_copied_after_each_period():
     state = jax.jit(agent.init)(jax.random.key(0))
     batch = reset_batch(env, jax.random.key(1), 2, delayed=True)
     act, observe = jax.jit(agent.act, static_argnums=6), jax.jit(agent.observe)
+    memory = agent.init_memory(2)
     for t in range(12):
-        action, _, extras = act(state, (), batch.obs, None, jax.random.key(t), t, "random")
+        action, memory, extras = act(
+            state, memory, batch.obs, batch.is_first, jax.random.key(t), t, "random"
+        )
         batch, step = step_batch(env, jax.random.key(100 + t), batch, action)
         state = observe(state, step, extras, jnp.int32(t))
     update, same = jax.jit(agent.update), []

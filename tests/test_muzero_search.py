@@ -82,7 +82,8 @@ def test_acting_on_a_batch_is_acting_one_by_one():
     obs, first = random_obs(spec, 4, seed=3), jnp.zeros(4, bool)
 
     def acted(obs, first, key):
-        return act(state, (), obs, first, jax.random.key(key), jnp.int32(0))[0]
+        before = agent.init_memory(first.shape[0])
+        return act(state, before, obs, first, jax.random.key(key), jnp.int32(0))[0]
 
     whole = acted(obs, first, 0)
     one_by_one = [acted(row_of(obs, i), first[:1], i)[0]
@@ -209,7 +210,7 @@ def test_the_backup_flips_the_sign_of_later_rewards():
 
 @pytest.mark.parametrize("cfg", [GUMBEL, PUCT], ids=["gumbel", "puct"])
 def test_values_that_differ_by_rounding_are_no_advice(cfg):
-    """Above `least_range` they are: the same search of the same networks, stretched, takes sides."""
+    """From `least_range` on they are: the same search, stretched, takes sides."""
     cfg, spec, key = dataclasses.replace(cfg, num_simulations=12), vector_spec(), jax.random.key(0)
     params = muzero_net.init(muzero_config.net_of(cfg, spec), key)
     leaves, tree = jax.tree.flatten(params)
@@ -392,7 +393,7 @@ def test_no_key_is_used_twice(cfg):
 
     def everything(key):
         keys = jax.random.split(key, 3)
-        acted = [agent.act(state, (), obs, flags, k, number, mode)[0]
+        acted = [agent.act(state, agent.init_memory(2), obs, flags, k, number, mode)[0]
                  for k, mode in zip(keys[:2], ("train", "random"), strict=True)]  # fmt: skip
         return acted, agent.update(state, keys[2], number, number)[1]
 

@@ -88,7 +88,7 @@ def at_random(
     legal, batch = spec.legal(obs), is_first.shape[0]
     again = jax.random.bernoulli(keys[2], cfg.warmup_repeat, (batch,)) & ~is_first
     if legal is not None:
-        again = again & jnp.take_along_axis(legal, before[:, None], axis=1)[:, 0]
+        again = again & (jnp.take_along_axis(legal, before[:, None], axis=1)[:, 0] > 0)
     again = again.reshape(batch, *[1] * (before.ndim - 1))
     action = jnp.where(again, before, spec.random_actions(keys[0], obs))
     if spec.num_actions is None:
