@@ -32,6 +32,32 @@ _CATCH = _SMALL | {
     "lam": 0.97,
     "gamma": 0.99,
 }
+# an end that random actions seldom reach, and values of some hundreds, whose last unit is noise
+_SWING = _SMALL | {
+    "n_step": 25,
+    "lam": 0.97,
+    "least_range": 3.0,
+    "warmup_steps": 4_000,
+    "warmup_repeat": 0.8,
+    "decay_updates": 50_000.0,
+}
+# chance decides what comes of an action, so that returns are short and visits keep exploring
+_LAKE = _SMALL | {
+    "search": "puct",
+    "num_simulations": 16,
+    "temperature_steps": 40_000.0,
+    "least_range": 0.1,
+    "value_limit": 1,
+    "bins": 21,
+    "gamma": 0.99,
+    "n_step": 3,
+    "lam": 1.0,
+    "updates": 4,
+    "warmup_steps": 4_000,
+    "learning_rate": 2e-3,
+    "learning_rate_final": 2e-4,
+    "decay_updates": 15_000.0,
+}
 _MINATAR = _SMALL | {
     "torso": "vector",
     "width": 128,
@@ -65,11 +91,11 @@ _BOARD: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "CartPole-v1": _SMALL | {"n_step": 25, "lam": 0.97},
-    "Acrobot-v1": _SMALL | {"n_step": 25, "lam": 0.97, "decay_updates": 50_000.0},
-    "MountainCar-v0": _SMALL | {"n_step": 25, "lam": 0.97, "decay_updates": 50_000.0},
+    "Acrobot-v1": _SWING,
+    "MountainCar-v0": _SWING,
     "Catch-bsuite": _CATCH,
     "DeepSea-bsuite": _CATCH | {"decay_updates": 50_000.0},
-    "FrozenLake-misc": _CATCH | {"decay_updates": 30_000.0},
+    "FrozenLake-misc": _LAKE,
     **{f"{game}-MinAtar": _MINATAR for game in _GAMES},
     "Seaquest-MinAtar": _MINATAR | {"reward_range": (-10.0, 10.0)},
     "Pendulum-v1": _SMALL
