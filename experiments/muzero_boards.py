@@ -3,12 +3,13 @@
     python experiments/muzero_boards.py --env TicTacToe-pgx
     python experiments/muzero_boards.py --env ConnectFour-pgx --seconds 7200
 
-The games need the extra `envs`. Every evaluation is a match against each opponent, half of whose
-games MuZero begins: the uniform player, plain Monte-Carlo tree search with --playouts random games
-a move, and in tic-tac-toe a perfect player. A win counts 1, a draw 0 and a loss -1. The record
-holds the whole curve so far, and wall seconds, with compilation and matches. A run is saved when it
-ends, and when --seconds or a signal stops it; the same command goes on from there. At its end
---games games on each side are played against the strongest opponent, and go into the record too.
+With the game's preset; the games need the extra `envs`. Every evaluation is a match against each
+opponent, half of whose games MuZero begins: the uniform player, plain Monte-Carlo tree search with
+--playouts random games a move, and in tic-tac-toe a perfect player. A win counts 1, a draw 0 and a
+loss -1. The record holds the whole curve so far, and wall seconds, with compilation and matches. A
+run is saved when it ends, and when --seconds or a signal stops it; the same command goes on from
+there. At its end --games games on each side are played against the strongest opponent, and go into
+the record too.
 """
 
 from __future__ import annotations
@@ -36,22 +37,6 @@ from mbrl_jax.runtime.loop import Evaluate, RunState
 from mbrl_jax.runtime.players import Player
 from mbrl_jax.runtime.train import load_job
 from mbrl_jax.types import Agent, Metrics, PyTree
-
-# games are not discounted, and returns reach to their ends; a quarter of the policies are fresh
-SHARED: dict[str, Any] = {
-    "gamma": 1.0,
-    "lam": 1.0,
-    "num_envs": 32,
-    "updates": 8,
-    "reanalyse_policies": 0.25,
-    "max_grad_norm": 0.5,
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "TicTacToe-pgx": {**SHARED, "num_simulations": 25, "unroll": 3, "n_step": 9},
-    "ConnectFour-pgx": {**SHARED, "num_simulations": 50, "unroll": 5, "n_step": 42,
-                        "warmup_steps": 4_000},
-}  # fmt: skip
-"""Of MuZero, by game; others take those of Connect Four."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +130,8 @@ def main(options: Options) -> int:
     path = options.out / f"muzero_{label}.json"
     folder = options.run or Path("runs", "muzero_boards", label)
     env = mbrl_jax.make_env(options.env)
-    settings, tries = SETTINGS.get(options.env, SETTINGS["ConnectFour-pgx"]), options.playouts
-    eval_games, games = options.eval_games, options.games
+    settings: dict[str, Any] = {}
+    tries, eval_games, games = options.playouts, options.eval_games, options.games
     if options.quick:
         settings, tries, eval_games, games = QUICK["muzero"], 2, 4, 2
     status = train_recorded(

@@ -70,23 +70,34 @@ _MINATAR = _SMALL | {
     "warmup_steps": 5_000,
 }
 _GAMES = ("Asterix", "Breakout", "Freeway", "SpaceInvaders")
-# the whole of a game is a return, and nothing is discounted
+# The whole of a game is a return and nothing is discounted; policies are those of the searches that
+# played. Vectors, since a convolution costs two cores many times as much.
 _BOARD: dict[str, Any] = {
-    "torso": "grid",
-    "width": 32,
-    "hidden": (32,),
+    "torso": "vector",
+    "width": 128,
+    "hidden": (64,),
     "bins": 21,
     "gamma": 1.0,
-    "value_target": "n_step",
-    "num_simulations": 16,
-    "num_envs": 16,
+    "lam": 1.0,
+    "num_simulations": 25,
+    "num_envs": 64,
+    "buffer_size": 98_304,
     "updates": 4,
-    "batch_size": 128,
-    "reanalyse_policies": 0.25,
+    "batch_size": 256,
+    "reanalyse_policies": 0,
+    "reanalyse_values": 0,
     "learning_rate": 2e-3,
     "learning_rate_final": 2e-4,
-    "decay_updates": 40_000.0,
-    "warmup_steps": 2_000,
+    "decay_updates": 30_000.0,
+    "warmup_steps": 4_096,
+}
+_LARGE_BOARD = _BOARD | {
+    "width": 256,
+    "num_envs": 128,
+    "buffer_size": 393_216,
+    "num_simulations": 32,
+    "warmup_steps": 16_384,
+    "decay_updates": 100_000.0,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,7 +118,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bins": 51,
     },
     "TicTacToe-pgx": _BOARD | {"n_step": 9, "unroll": 4},
-    "ConnectFour-pgx": _BOARD | {"n_step": 42, "blocks": 2},
-    "Othello-pgx": _BOARD | {"n_step": 60, "blocks": 2},
-    "Go9x9-pgx": _BOARD | {"n_step": 81, "blocks": 2},
+    "ConnectFour-pgx": _LARGE_BOARD | {"n_step": 42},
+    "Othello-pgx": _LARGE_BOARD | {"n_step": 60},
+    "Go9x9-pgx": _LARGE_BOARD | {"n_step": 81},
 }
