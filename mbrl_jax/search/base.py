@@ -182,7 +182,7 @@ class Lanes(NamedTuple):
     before: Tree | None = None  # the tree from which PUCT goes on
 
 
-def over_actions(combine: jnp.ufunc, x: jax.Array) -> jax.Array:
+def over_actions(combine: Any, x: jax.Array) -> jax.Array:
     """A reduction over the first axis, [1, ...].
 
     Of few actions one after another: XLA fuses that with what comes before and after it, and a
