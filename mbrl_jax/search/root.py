@@ -109,8 +109,8 @@ def advice(
       value: [B] float32 of the roots after the search; not the tree's, which would be made for all
         of its nodes.
     """
-    numbers = jnp.concatenate([lanes.prior_logits, weights, value[:, None]], axis=-1)
-    lost = jnp.any(jnp.isnan(numbers), axis=-1)
+    # not of one array that holds them all: XLA 0.10.2 makes a kernel of that which it cannot compile
+    lost = jnp.any(jnp.isnan(lanes.prior_logits) | jnp.isnan(weights), axis=-1) | jnp.isnan(value)
     allowed = jnp.argmax(~lanes.invalid, axis=-1)
     return PolicyOutput(
         action=jnp.where(lost, allowed, action).astype(jnp.int32),
