@@ -109,7 +109,7 @@ def advice(
       value: [B] float32 of the roots after the search; not the tree's, which would be made for all
         of its nodes.
     """
-    # not of one array that holds them all: XLA 0.10.2 makes a kernel of that which it cannot compile
+    # not of one array with all of them, whose kernel on a GPU does not compile with JAX 0.10.2
     lost = jnp.any(jnp.isnan(lanes.prior_logits) | jnp.isnan(weights), axis=-1) | jnp.isnan(value)
     allowed = jnp.argmax(~lanes.invalid, axis=-1)
     return PolicyOutput(
