@@ -110,7 +110,8 @@ def advice(
         of its nodes.
     """
     # not of one array with all of them, whose kernel on a GPU does not compile with JAX 0.10.2
-    lost = jnp.any(jnp.isnan(lanes.prior_logits) | jnp.isnan(weights), axis=-1) | jnp.isnan(value)
+    lost = jnp.any(jnp.isnan(lanes.prior_logits), axis=-1) | jnp.any(jnp.isnan(weights), axis=-1)
+    lost = lost | jnp.isnan(value)
     allowed = jnp.argmax(~lanes.invalid, axis=-1)
     return PolicyOutput(
         action=jnp.where(lost, allowed, action).astype(jnp.int32),
