@@ -117,7 +117,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma": 0.99,
         "bins": 51,
     },
-    "TicTacToe-pgx": _BOARD | {"n_step": 9, "unroll": 4, "entropy_coef": 0.03},
+    # drawn by visits to the end, so that openings which look worse are played too
+    "TicTacToe-pgx": _BOARD
+    | {
+        "search": "puct",
+        "dirichlet_alpha": 1.0,
+        "dirichlet_fraction": 0.4,
+        "temperature_final": 1.0,
+        "n_step": 9,
+        "unroll": 4,
+    },
     "ConnectFour-pgx": _LARGE_BOARD | {"n_step": 42},
     "Othello-pgx": _LARGE_BOARD | {"n_step": 60},
     "Go9x9-pgx": _LARGE_BOARD | {"n_step": 81},
