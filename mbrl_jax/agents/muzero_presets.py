@@ -88,7 +88,7 @@ _BOARD: dict[str, Any] = {
     "reanalyse_values": 0,
     "learning_rate": 2e-3,
     "learning_rate_final": 2e-4,
-    "decay_updates": 50_000.0,
+    "decay_updates": 30_000.0,
     "warmup_steps": 4_096,
 }
 _LARGE_BOARD = _BOARD | {
@@ -117,16 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gamma": 0.99,
         "bins": 51,
     },
-    # drawn by visits to the end, so that openings which look worse are played too
-    "TicTacToe-pgx": _BOARD
-    | {
-        "search": "puct",
-        "dirichlet_alpha": 1.0,
-        "dirichlet_fraction": 0.4,
-        "temperature_final": 1.0,
-        "n_step": 9,
-        "unroll": 4,
-    },
+    "TicTacToe-pgx": _BOARD | {"n_step": 9, "unroll": 4},
     "ConnectFour-pgx": _LARGE_BOARD | {"n_step": 42},
     "Othello-pgx": _LARGE_BOARD | {"n_step": 60},
     "Go9x9-pgx": _LARGE_BOARD | {"n_step": 81},
