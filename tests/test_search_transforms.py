@@ -21,7 +21,8 @@ from search_worlds import (
 )
 
 from mbrl_jax import search
-from mbrl_jax.search import node, puct, schedule
+from mbrl_jax.search import backup, node, puct, schedule
+from mbrl_jax.search.base import FEW, over_actions
 from mbrl_jax.types import InputError
 
 ACTIONS, OUTCOMES, BATCH, NUM = 5, 3, 4, 32
@@ -393,3 +394,23 @@ def test_what_a_transform_may_not_read_is_told_in_one_line(policy, transform, me
             params, jax.random.key(0), root_of(params, 2), model, 4, qtransform=transform
         )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 2, FEW, FEW + 1, 18])
+def test_few_actions_and_many_are_reduced_and_looked_up_alike(count):
+    """Beside numpy, with infinities; sums in the order of the actions, to the bit."""
+    rng = np.random.default_rng(count)
+    x = rng.normal(size=(count, 7)).astype(np.float32)
+    x[0, :3] = -np.inf, np.inf, 0.0
+    for ours, theirs in ((jnp.minimum, np.min), (jnp.maximum, np.max)):
+        found = jax.jit(functools.partial(over_actions, ours))(x)
+        np.testing.assert_array_equal(found, theirs(x, axis=0, keepdims=True))
+    total = np.zeros((1, 7), np.float32)
+    for row in x[:, 2:]:
+        total[:, 2:] += row
+    found = jax.jit(functools.partial(over_actions, jnp.add))(x[:, 2:])
+    np.testing.assert_array_equal(found, total[:, 2:])
+    rows = rng.integers(0, 99, (7, 4 * (count + 2))).astype(np.int32)
+    action = rng.integers(0, count, 7).astype(np.int32)
+    cells = jax.jit(backup.cell_of, static_argnums=2)(rows, action, count)
+    np.testing.assert_array_equal(cells, rows.reshape(7, -1, 4)[np.arange(7), action])

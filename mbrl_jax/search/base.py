@@ -22,7 +22,7 @@ QTransform = Callable[[Any, Any], jax.Array]
 """(tree of one root, node index) -> values [A] that a rule adds to its scores."""
 Number = jax.Array | float
 FEW = 8
-"""Actions that `over_actions` takes one by one."""
+"""Up to so many actions are taken one after another, which XLA fuses, and not by a reduction."""
 
 T = TypeVar("T")
 

@@ -234,6 +234,7 @@ def expand(forest: Forest, model: Model, call: jax.Array, edge: jax.Array) -> tu
     Raises:
       InputError: outputs of the recurrent function whose shapes or dtypes do not agree.
     """
+    # made whole, or a CPU would divide anew for each number of an embedding
     node, action = jax.lax.optimization_barrier(divided(edge, forest.width))
     before = jax.tree.map(lambda x: take(x, node), forest.embedding)
     out, embedding = model(call, action, before)
